@@ -1,0 +1,626 @@
+"""Times each fused kernel against the unfused torch or cuBLAS form and the memory's limit.
+
+    python -m benchmarks.kernels                       every kernel, default launches
+    python -m benchmarks.kernels --sweep --only qkv    try launch.py's candidates, print the best
+    python -m benchmarks.kernels --json results.json   keep the numbers, with machine and versions
+
+Shapes are Qwen3-0.6B's, bfloat16. A measurement captures many launches in one CUDA graph and
+divides the median replay by their number. Launches rotate over operand sets of 150 MB together,
+three times the L2 cache of an H100, so that weights and caches come from memory as in a real step.
+Every launch configuration is checked against the unfused form before it is timed.
+
+`layers` is a whole chain: the 28 decoder layers of one decode step, once with ordinary launches and
+once with programmatic dependent launches, where a kernel loads its weights while the one before
+it drains.
+"""
+
+import argparse
+import importlib.util
+import json
+import platform
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+import triton
+from torch import Tensor
+
+from nanovllm_core import random as counter_random
+from nanovllm_core.kernels import launch
+from nanovllm_core.kernels.add_rms_norm import add_rms_norm
+from nanovllm_core.kernels.filter_threshold import filter_thresholds
+from nanovllm_core.kernels.linear_residual import linear_residual
+from nanovllm_core.kernels.lm_head_sample import lm_head_sample
+from nanovllm_core.kernels.paged_decode import paged_decode_attention
+from nanovllm_core.kernels.paged_prefill import paged_prefill_attention
+from nanovllm_core.kernels.qk_norm_rope_cache import qk_norm_rope_cache
+from nanovllm_core.kernels.rms_norm_linear import rms_norm_linear
+from nanovllm_core.kernels.sampling import sample_tokens
+from nanovllm_core.kernels.silu_and_mul import silu_and_mul
+from nanovllm_core.kernels.silu_mul_linear import silu_mul_linear
+from nanovllm_core.kernels.workspace import Workspace
+from nanovllm_core.logit_filters import keep_threshold
+
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB, LAYERS = 1024, 16, 8, 128, 3072, 151_936, 28
+QKV = (HEADS + 2 * KV_HEADS) * HEAD_DIM
+EPS = 1e-6
+SCALE = HEAD_DIM**-0.5
+
+ROTATION_BYTES = 150 << 20
+MAX_SETS = 64
+LAUNCHES = 60
+REPLAYS = 30
+# Relative Frobenius error against the unfused bfloat16 form, which itself rounds twice as often.
+MAX_ERROR = 2e-2
+
+Launch = Callable[[], Tensor]
+
+
+@dataclass(slots=True)
+class Case:
+    """One kernel at one shape.
+
+    `fused` and `unfused` build one launch for one operand set; `config` is what a sweep varies.
+    `compare` is false where outputs are random draws or change in place from launch to launch.
+    """
+
+    kernel: str
+    shape: str
+    num_bytes: int
+    operands: Callable[[], Any]
+    fused: Callable[[Any, Any], Launch]
+    unfused: Callable[[Any], Launch] | None = None
+    candidates: Sequence[Any] = field(default_factory=tuple)
+    compare: bool = True
+    flops: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    kernel: str
+    shape: str
+    config: str
+    time_us: float
+    num_bytes: int
+    gb_per_s: float
+    bandwidth_share: float
+    tflop_per_s: float
+    unfused_us: float | None
+    speedup: float | None
+
+
+def bf16(*shape: int, scale: float = 1.0) -> Tensor:
+    return (scale * torch.randn(*shape, device="cuda")).to(torch.bfloat16)
+
+
+def graph_time_us(launches: Sequence[Launch]) -> float:
+    """Median time of one launch, from a CUDA graph that walks `launches` in turn."""
+    for one in launches[:2]:
+        one()
+    torch.cuda.synchronize()
+    count = max(1, LAUNCHES // len(launches)) * len(launches)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for index in range(count):
+            launches[index % len(launches)]()
+    for _ in range(3):
+        graph.replay()
+    times = []
+    for _ in range(REPLAYS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / count)
+    return statistics.median(times)
+
+
+def read_bandwidth_gb_per_s() -> float:
+    """What a plain sum over 4 GB reads per second."""
+    data = torch.ones(1 << 30, dtype=torch.float32, device="cuda")
+    return data.numel() * 4 / graph_time_us([lambda: data.sum()]) / 1e3
+
+
+def relative_error(out: Tensor, reference: Tensor) -> float:
+    difference = (out.float() - reference.float()).norm()
+    return (difference / reference.float().norm()).item()
+
+
+def measure(case: Case, sweep: bool, bandwidth: float) -> Iterator[Result]:
+    num_sets = min(MAX_SETS, max(1, -(-ROTATION_BYTES // case.num_bytes)))
+    sets = [case.operands() for _ in range(num_sets)]
+    unfused_us = None
+    if case.unfused is not None:
+        unfused_us = graph_time_us([case.unfused(operands) for operands in sets])
+    for config in case.candidates if sweep and case.candidates else (None,):
+        name = "default" if config is None else str(config)
+        try:
+            if case.compare and case.unfused is not None:
+                error = relative_error(case.fused(sets[0], config)(), case.unfused(sets[0])())
+                if not error <= MAX_ERROR:
+                    print(f"WRONG    {case.kernel} {case.shape} {name}: error {error:.1e}")
+                    continue
+            time_us = graph_time_us([case.fused(operands, config) for operands in sets])
+        except triton.runtime.errors.OutOfResources as error:
+            print(f"too big  {case.kernel} {case.shape} {name}: {error}")
+            continue
+        gb_per_s = case.num_bytes / time_us / 1e3
+        yield Result(
+            kernel=case.kernel,
+            shape=case.shape,
+            config=name,
+            time_us=time_us,
+            num_bytes=case.num_bytes,
+            gb_per_s=gb_per_s,
+            bandwidth_share=gb_per_s / bandwidth,
+            tflop_per_s=case.flops / time_us / 1e6,
+            unfused_us=unfused_us,
+            speedup=None if unfused_us is None else unfused_us / time_us,
+        )
+
+
+def linear_candidates(rows: int, columns_per_output: int = 1, split: bool = False) -> list[Any]:
+    found: list[Any] = list(launch.GEMV_CANDIDATES) if rows <= launch.MAX_GEMV_ROWS else []
+    if rows > 1:
+        found += launch.tile_candidates(rows, columns_per_output=columns_per_output, split=split)
+    return found
+
+
+def linear_bytes(rows: int, k_size: int, n_out: int, n_weight: int) -> int:
+    return 2 * (n_weight * k_size + rows * (k_size + n_out))
+
+
+def qkv_case(rows: int) -> Case:
+    ones = torch.ones(HIDDEN, device="cuda", dtype=torch.bfloat16)
+    return Case(
+        kernel="qkv",
+        shape=f"rows={rows} K={HIDDEN} N={QKV}",
+        num_bytes=linear_bytes(rows, HIDDEN, QKV, QKV),
+        flops=2 * rows * HIDDEN * QKV,
+        operands=lambda: (bf16(rows, HIDDEN), bf16(QKV, HIDDEN, scale=HIDDEN**-0.5)),
+        fused=lambda s, config: partial(rms_norm_linear, s[0], s[1], EPS, config=config),
+        unfused=lambda s: lambda: F.linear(F.rms_norm(s[0], (HIDDEN,), ones, EPS), s[1]),
+        candidates=linear_candidates(rows),
+    )
+
+
+def gate_up_case(rows: int) -> Case:
+    ones = torch.ones(HIDDEN, device="cuda", dtype=torch.bfloat16)
+
+    def unfused(s: Any) -> Launch:
+        def run() -> Tensor:
+            gate, up = F.linear(F.rms_norm(s[0], (HIDDEN,), ones, EPS), s[1]).chunk(2, dim=-1)
+            return F.silu(gate) * up
+
+        return run
+
+    return Case(
+        kernel="gate_up",
+        shape=f"rows={rows} K={HIDDEN} N=2x{FFN}",
+        num_bytes=linear_bytes(rows, HIDDEN, FFN, 2 * FFN),
+        flops=4 * rows * HIDDEN * FFN,
+        operands=lambda: (bf16(rows, HIDDEN), bf16(2 * FFN, HIDDEN, scale=HIDDEN**-0.5)),
+        fused=lambda s, config: partial(silu_mul_linear, s[0], s[1], eps=EPS, config=config),
+        unfused=unfused,
+        candidates=linear_candidates(rows, columns_per_output=2),
+    )
+
+
+def residual_case(kernel: str, rows: int, k_size: int, workspace: Workspace) -> Case:
+    def fused(s: Any, config: Any) -> Launch:
+        def run() -> Tensor:
+            linear_residual(s[0], s[1], s[2], workspace, config=config)
+            return s[2]
+
+        return run
+
+    return Case(
+        kernel=kernel,
+        shape=f"rows={rows} K={k_size} N={HIDDEN}",
+        num_bytes=linear_bytes(rows, k_size, 2 * HIDDEN, HIDDEN),
+        flops=2 * rows * k_size * HIDDEN,
+        operands=lambda: (
+            bf16(rows, k_size),
+            bf16(HIDDEN, k_size, scale=k_size**-0.5),
+            bf16(rows, HIDDEN),
+        ),
+        fused=fused,
+        unfused=lambda s: lambda: s[2].addmm_(s[0], s[1].T),
+        candidates=linear_candidates(rows, split=True),
+        compare=False,
+    )
+
+
+def add_norm_case(rows: int) -> Case:
+    ones = torch.ones(HIDDEN, device="cuda", dtype=torch.bfloat16)
+    return Case(
+        kernel="add_rms_norm",
+        shape=f"rows={rows} hidden={HIDDEN}",
+        num_bytes=8 * rows * HIDDEN,
+        operands=lambda: (bf16(rows, HIDDEN), bf16(rows, HIDDEN)),
+        fused=lambda s, _: partial(add_rms_norm, s[0], s[1], ones, EPS),
+        unfused=lambda s: lambda: F.rms_norm(s[1].add_(s[0]), (HIDDEN,), ones, EPS),
+        compare=False,
+    )
+
+
+def silu_case(rows: int) -> Case:
+    def unfused(gate_up: Tensor) -> Launch:
+        return lambda: F.silu(gate_up[:, :FFN]) * gate_up[:, FFN:]
+
+    return Case(
+        kernel="silu_and_mul",
+        shape=f"rows={rows} I={FFN}",
+        num_bytes=6 * rows * FFN,
+        operands=lambda: bf16(rows, 2 * FFN),
+        fused=lambda s, _: partial(silu_and_mul, s),
+        unfused=unfused,
+    )
+
+
+def qk_case(rows: int) -> Case:
+    norm = torch.ones(HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+    angles = torch.rand(4096, HEAD_DIM // 2, device="cuda")
+    cos, sin = angles.cos(), angles.sin()
+    positions = torch.randint(0, 4096, (rows,), device="cuda")
+
+    def operands() -> Any:
+        num_blocks = -(-2 * rows // 16)
+        slots = torch.randperm(num_blocks * 16, device="cuda")[:rows]
+        cache = [bf16(num_blocks, 16, KV_HEADS, HEAD_DIM) for _ in range(2)]
+        return bf16(rows, QKV), slots, *cache
+
+    def unfused(s: Any) -> Launch:
+        qkv, slots, key_cache, value_cache = s
+
+        def rotated(heads: Tensor) -> Tensor:
+            low, high = F.rms_norm(heads, (HEAD_DIM,), norm, EPS).float().chunk(2, dim=-1)
+            c, n = cos[positions][:, None], sin[positions][:, None]
+            return torch.cat([low * c - high * n, high * c + low * n], dim=-1).to(heads.dtype)
+
+        def run() -> Tensor:
+            heads = qkv.view(rows, -1, HEAD_DIM)
+            q, k, v = heads.split([HEADS, KV_HEADS, KV_HEADS], dim=1)
+            key_cache.flatten(0, 1)[slots] = rotated(k)
+            value_cache.flatten(0, 1)[slots] = v
+            return rotated(q)
+
+        return run
+
+    return Case(
+        kernel="qk_norm_rope_cache",
+        shape=f"tokens={rows}",
+        num_bytes=rows * (4 * QKV + 4 * HEAD_DIM),
+        operands=operands,
+        fused=lambda s, _: partial(
+            qk_norm_rope_cache, s[0], norm, norm, EPS, cos, sin, positions, *s[1:], HEADS
+        ),
+        unfused=unfused,
+    )
+
+
+def paged_operands(seqs: int, context: int, page: int, queries: int) -> Any:
+    pages = -(-context // page)
+    cache = [bf16(seqs * pages, page, KV_HEADS, HEAD_DIM) for _ in range(2)]
+    tables = torch.randperm(seqs * pages, device="cuda").to(torch.int32).view(seqs, pages)
+    lens = torch.full((seqs,), context, dtype=torch.int32, device="cuda")
+    return bf16(queries, HEADS, HEAD_DIM), *cache, tables, lens
+
+
+def decode_case(seqs: int, context: int, page: int, workspace: Workspace) -> Case:
+    def unfused(s: Any) -> Launch:
+        from flash_attn import flash_attn_with_kvcache
+
+        query, key, value, tables, lens = s
+        return lambda: flash_attn_with_kvcache(
+            query[:, None],
+            key,
+            value,
+            cache_seqlens=lens,
+            block_table=tables,
+            softmax_scale=SCALE,
+            causal=True,
+        ).squeeze(1)
+
+    # The flash-attn kernels page in multiples of 256 tokens.
+    has_peer = page % 256 == 0 and importlib.util.find_spec("flash_attn") is not None
+    return Case(
+        kernel="paged_decode",
+        shape=f"seqs={seqs} context={context} page={page}",
+        num_bytes=4 * KV_HEADS * HEAD_DIM * seqs * context,
+        flops=4 * HEADS * HEAD_DIM * seqs * context,
+        operands=partial(paged_operands, seqs, context, page, seqs),
+        fused=lambda s, config: partial(
+            paged_decode_attention, *s, SCALE, workspace, config=config or launch.PAGED_DECODE
+        ),
+        unfused=unfused if has_peer else None,
+        candidates=launch.PAGED_DECODE_CANDIDATES,
+    )
+
+
+def prefill_case(seqs: int, chunk: int, context: int, page: int) -> Case:
+    starts = torch.arange(0, (seqs + 1) * chunk, chunk, dtype=torch.int32, device="cuda")
+    key_starts = torch.arange(0, (seqs + 1) * context, context, dtype=torch.int32, device="cuda")
+
+    def unfused(s: Any) -> Launch:
+        from flash_attn import flash_attn_varlen_func
+
+        query, key, value, tables, _ = s
+        return lambda: flash_attn_varlen_func(
+            query,
+            key,
+            value,
+            starts,
+            key_starts,
+            chunk,
+            context,
+            softmax_scale=SCALE,
+            causal=True,
+            block_table=tables,
+        )
+
+    has_peer = page % 256 == 0 and importlib.util.find_spec("flash_attn") is not None
+    visible = seqs * chunk * (context - chunk + (chunk + 1) / 2)
+    return Case(
+        kernel="paged_prefill",
+        shape=f"seqs={seqs} chunk={chunk} context={context} page={page}",
+        num_bytes=4 * KV_HEADS * HEAD_DIM * seqs * context + 4 * HEADS * HEAD_DIM * seqs * chunk,
+        flops=int(4 * HEADS * HEAD_DIM * visible),
+        operands=partial(paged_operands, seqs, context, page, seqs * chunk),
+        fused=lambda s, config: (
+            lambda: paged_prefill_attention(
+                s[0],
+                s[1],
+                s[2],
+                s[3],
+                starts,
+                s[4],
+                chunk,
+                SCALE,
+                config=config or launch.PAGED_PREFILL,
+            )
+        ),
+        unfused=unfused if has_peer else None,
+        candidates=launch.PAGED_PREFILL_CANDIDATES,
+    )
+
+
+def row_keys(rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    temperature = torch.full((rows,), 0.6, device="cuda")
+    seeds = torch.arange(rows, device="cuda")
+    return temperature, seeds, seeds + 100
+
+
+def torch_draw(logits: Tensor, keys: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    noise = counter_random.exponential_noise(keys[1], keys[2], logits.shape[1])
+    return (logits / keys[0][:, None] - noise.log_()).argmax(dim=-1)
+
+
+def sample_case(rows: int) -> Case:
+    keys = row_keys(rows)
+    return Case(
+        kernel="sample_tokens",
+        shape=f"rows={rows} V={VOCAB}",
+        num_bytes=4 * rows * VOCAB,
+        operands=lambda: 3 * torch.randn(rows, VOCAB, device="cuda"),
+        fused=lambda s, _: partial(sample_tokens, s, *keys),
+        unfused=lambda s: partial(torch_draw, s, keys),
+    )
+
+
+def filter_case(rows: int, top_k: int) -> Case:
+    temperature = row_keys(rows)[0]
+    k = torch.full((rows,), top_k, dtype=torch.int32, device="cuda")
+    p = torch.full((rows,), 0.95, device="cuda")
+    m = torch.zeros(rows, device="cuda")
+
+    def unfused(s: Tensor) -> Launch:
+        def run() -> Tensor:
+            best = s.amax(dim=-1, keepdim=True)
+            scaled = (s - best) / temperature[:, None]
+            found = keep_threshold(scaled, k, p, m, max_top_k=top_k)
+            return found * temperature + best.squeeze(1)
+
+        return run
+
+    return Case(
+        kernel="filter_thresholds",
+        shape=f"rows={rows} V={VOCAB} top_k={top_k} top_p=0.95",
+        num_bytes=4 * rows * VOCAB,
+        operands=lambda: 3 * torch.randn(rows, VOCAB, device="cuda"),
+        fused=lambda s, _: partial(filter_thresholds, s, temperature, k, p, m, max_top_k=top_k),
+        unfused=unfused,
+    )
+
+
+def lm_head_case(rows: int) -> Case:
+    keys = row_keys(rows)
+    ones = torch.ones(HIDDEN, device="cuda", dtype=torch.bfloat16)
+
+    def unfused(s: Any) -> Launch:
+        return lambda: torch_draw(
+            F.linear(F.rms_norm(s[0], (HIDDEN,), ones, EPS), s[1]).float(), keys
+        )
+
+    return Case(
+        kernel="lm_head_sample",
+        shape=f"rows={rows} V={VOCAB} K={HIDDEN}",
+        num_bytes=2 * VOCAB * HIDDEN,
+        flops=2 * rows * VOCAB * HIDDEN,
+        operands=lambda: (bf16(rows, HIDDEN), bf16(VOCAB, HIDDEN, scale=0.1)),
+        fused=lambda s, config: (
+            lambda: lm_head_sample(s[0], s[1], *keys, norm_weight=ones, eps=EPS, config=config)
+        ),
+        unfused=unfused,
+        candidates=launch.LM_HEAD_CANDIDATES,
+        compare=False,
+    )
+
+
+def layers_case(rows: int, context: int, workspace: Workspace, dependent: bool) -> Case:
+    """All decoder layers of one decode step; the bytes are the weights and the cache."""
+    page = 64
+    pages = -(-context // page)
+    norm = torch.ones(HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+    angles = torch.rand(4096, HEAD_DIM // 2, device="cuda")
+    cos, sin = angles.cos(), angles.sin()
+    positions = torch.full((rows,), context - 1, device="cuda")
+    tables = torch.randperm(rows * pages, device="cuda").to(torch.int32).view(rows, pages)
+    slots = tables[:, -1].long() * page + (context - 1) % page
+    lens = torch.full((rows,), context, dtype=torch.int32, device="cuda")
+
+    def operands() -> Any:
+        return bf16(rows, HIDDEN), [
+            (
+                bf16(QKV, HIDDEN, scale=HIDDEN**-0.5),
+                bf16(HIDDEN, HEADS * HEAD_DIM, scale=0.01),
+                bf16(2 * FFN, HIDDEN, scale=HIDDEN**-0.5),
+                bf16(HIDDEN, FFN, scale=0.01),
+                bf16(rows * pages, page, KV_HEADS, HEAD_DIM),
+                bf16(rows * pages, page, KV_HEADS, HEAD_DIM),
+            )
+            for _ in range(LAYERS)
+        ]
+
+    def fused(s: Any, _: Any) -> Launch:
+        hidden, layers = s
+
+        def run() -> Tensor:
+            for w_qkv, w_o, w_gate_up, w_down, key, value in layers:
+                qkv = rms_norm_linear(hidden, w_qkv, EPS, dependent=dependent)
+                query = qk_norm_rope_cache(
+                    qkv,
+                    norm,
+                    norm,
+                    EPS,
+                    cos,
+                    sin,
+                    positions,
+                    slots,
+                    key,
+                    value,
+                    HEADS,
+                    dependent=dependent,
+                )
+                attended = paged_decode_attention(
+                    query, key, value, tables, lens, SCALE, workspace, dependent=dependent
+                )
+                linear_residual(
+                    attended.view(rows, -1), w_o, hidden, workspace, dependent=dependent
+                )
+                activated = silu_mul_linear(hidden, w_gate_up, eps=EPS, dependent=dependent)
+                linear_residual(activated, w_down, hidden, workspace, dependent=dependent)
+            return hidden
+
+        return run
+
+    weights = QKV * HIDDEN + HIDDEN * HEADS * HEAD_DIM + 3 * FFN * HIDDEN
+    cache = 2 * KV_HEADS * HEAD_DIM * rows * context
+    return Case(
+        kernel="layers",
+        shape=f"rows={rows} context={context} {'dependent' if dependent else 'ordinary'}",
+        num_bytes=2 * LAYERS * (weights + cache),
+        operands=operands,
+        fused=fused,
+        compare=False,
+    )
+
+
+def all_cases(rows_list: Sequence[int], workspace: Workspace) -> Iterator[Callable[[], Case]]:
+    for rows in rows_list:
+        yield partial(qkv_case, rows)
+        yield partial(gate_up_case, rows)
+        yield partial(residual_case, "o_residual", rows, HEADS * HEAD_DIM, workspace)
+        yield partial(residual_case, "down_residual", rows, FFN, workspace)
+        yield partial(add_norm_case, rows)
+        yield partial(silu_case, rows)
+        yield partial(qk_case, rows)
+        if rows <= 256:
+            yield partial(sample_case, rows)
+            yield partial(filter_case, rows, 20)
+            yield partial(filter_case, rows, 0)
+        if rows <= launch.MAX_LM_HEAD_ROWS:
+            yield partial(lm_head_case, rows)
+    for seqs, context in ((1, 512), (8, 1024), (64, 1024), (256, 840), (256, 2048)):
+        for page in (16, 64, 256):
+            yield partial(decode_case, seqs, context, page, workspace)
+    for seqs, chunk, context in ((16, 1024, 1024), (4, 512, 2048)):
+        for page in (64, 256):
+            yield partial(prefill_case, seqs, chunk, context, page)
+    for rows in (1, 8, 64):
+        for dependent in (False, True):
+            yield partial(layers_case, rows, 512, workspace, dependent)
+
+
+def table_line(result: Result) -> str:
+    unfused = "" if result.unfused_us is None else f"{result.unfused_us:9.2f}"
+    speedup = "" if result.speedup is None else f"{result.speedup:6.2f}x"
+    return (
+        f"{result.kernel:19s} {result.shape:44s} {result.time_us:9.2f} {unfused:>9s} {speedup:>7s} "
+        f"{result.num_bytes / 1e6:9.3f} {result.gb_per_s:8.1f} {result.bandwidth_share:6.1%} "
+        f"{result.tflop_per_s:7.1f}  {result.config}"
+    )
+
+
+def machine() -> dict[str, str]:
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "cuda": str(torch.version.cuda),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="*", default=[], help="kernels to time; default all")
+    parser.add_argument("--rows", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 64, 256, 4096])
+    parser.add_argument("--sweep", action="store_true", help="try every launch candidate")
+    parser.add_argument("--json", type=Path, help="file to write the results to")
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    if not torch.cuda.is_available():
+        print("benchmarks.kernels needs an NVIDIA GPU, and torch sees none", file=sys.stderr)
+        return 2
+    torch.manual_seed(0)
+    bandwidth = read_bandwidth_gb_per_s()
+    print(f"{machine()}\nread bandwidth {bandwidth:.0f} GB/s")
+    print(
+        f"{'kernel':19s} {'shape':44s} {'us':>9s} {'unfused':>9s} {'ratio':>7s} {'MB':>9s} "
+        f"{'GB/s':>8s} {'share':>6s} {'TFLOP/s':>7s}  launch"
+    )
+    workspace = Workspace.allocate(1 << 25, 1 << 16, torch.device("cuda"))
+    results: list[Result] = []
+    for build in all_cases(arguments.rows, workspace):
+        case = build()
+        if arguments.only and case.kernel not in arguments.only:
+            continue
+        found = list(measure(case, arguments.sweep, bandwidth))
+        results += found
+        for result in sorted(found, key=lambda r: r.time_us)[:3]:
+            print(table_line(result), flush=True)
+        del case
+        torch.cuda.empty_cache()
+    if arguments.json:
+        document = {
+            "machine": machine(),
+            "read_bandwidth_gb_per_s": bandwidth,
+            "results": [asdict(result) for result in results],
+        }
+        arguments.json.write_text(json.dumps(document, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

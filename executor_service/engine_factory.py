@@ -1,0 +1,152 @@
+"""From settings to a loaded model with its cache: everything that happens before `ready`."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from executor_service.batch_state import BatchState
+from executor_service.model_runner import ModelRunner
+from executor_service.plan_reader import ExecutorLimits
+from executor_service.settings import ExecutorSettings
+from nanovllm.service_settings import StartupError
+from nanovllm_core.attention import BackendError, create_backend
+from nanovllm_core.checkpoint import CheckpointError
+from nanovllm_core.config import ModelConfig, ModelConfigError
+from nanovllm_core.kv_cache import KVCache
+from nanovllm_core.loader import load_model
+from nanovllm_core.model import CausalLM
+
+logger = logging.getLogger(__name__)
+
+_DEFAULT_BLOCK_SIZE = 16
+# On a CPU an iteration of this many tokens stays below about a second for small models.
+_CPU_BATCHED_TOKENS = 512
+_GPU_BATCHED_TOKENS = 8192
+# Without a GPU nothing says how much memory is ours; this holds 90,000 tokens of SmolLM2-135M.
+_CPU_KV_BYTES = 4 * 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A model that is ready to run."""
+
+    runner: ModelRunner
+    state: BatchState
+    limits: ExecutorLimits
+    device_name: str
+    dtype_name: str
+    attention_backend: str
+
+
+def create_engine(directory: Path, settings: ExecutorSettings) -> Engine:
+    """Loads the model and allocates the cache. Raises StartupError."""
+    try:
+        return _create_engine(directory, settings)
+    except (ModelConfigError, CheckpointError) as error:
+        raise StartupError(f"--model {settings.model}: {error}") from error
+    except BackendError as error:
+        raise StartupError(f"--attention-backend: {error}") from error
+
+
+def _create_engine(directory: Path, settings: ExecutorSettings) -> Engine:
+    if settings.num_threads is not None:
+        torch.set_num_threads(settings.num_threads)
+    config = ModelConfig.from_directory(directory)
+    device = _choose_device(settings.device)
+    dtype = _choose_dtype(settings.dtype, config)
+    max_model_len = settings.max_model_len or config.max_position_embeddings
+    if max_model_len > config.max_position_embeddings:
+        raise StartupError(
+            f"--max-model-len {max_model_len} exceeds the model's {config.max_position_embeddings}"
+        )
+    default_batched = _GPU_BATCHED_TOKENS if device.type == "cuda" else _CPU_BATCHED_TOKENS
+    max_num_batched_tokens = settings.max_num_batched_tokens or max(
+        default_batched, 2 * settings.max_num_seqs
+    )
+    if max_num_batched_tokens <= settings.max_num_seqs:
+        raise StartupError(
+            f"--max-num-batched-tokens {max_num_batched_tokens} must exceed --max-num-seqs "
+            f"{settings.max_num_seqs}, or prefill would never get a turn"
+        )
+    name = "torch" if settings.attention_backend == "auto" else settings.attention_backend
+    attention = create_backend(name, config, device)
+    block_size = settings.block_size or _DEFAULT_BLOCK_SIZE
+    model = _load_with_progress(directory, config, dtype, device)
+    num_blocks = settings.num_kv_blocks or _fit_blocks(
+        config, block_size, dtype, device, settings, max_model_len
+    )
+    limits = ExecutorLimits(
+        vocab_size=config.vocab_size,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_model_len=max_model_len,
+    )
+    cache = KVCache(config, num_blocks, block_size, dtype, device)
+    state = BatchState(limits, device)
+    return Engine(
+        runner=ModelRunner(model, cache, attention, state),
+        state=state,
+        limits=limits,
+        device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        dtype_name=str(dtype).removeprefix("torch."),
+        attention_backend=attention.name,
+    )
+
+
+def _choose_device(name: str) -> torch.device:
+    has_cuda = torch.cuda.is_available()
+    if name == "cuda" and not has_cuda:
+        raise StartupError("--device cuda: PyTorch finds no CUDA device; use --device cpu")
+    return torch.device("cuda" if name != "cpu" and has_cuda else "cpu")
+
+
+def _choose_dtype(name: str, config: ModelConfig) -> torch.dtype:
+    name = config.torch_dtype if name == "auto" else name
+    dtype = getattr(torch, name, None)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise StartupError(f"--dtype {name}: use float32, bfloat16 or float16")
+    return dtype
+
+
+def _load_with_progress(
+    directory: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> CausalLM:
+    with tqdm(desc=f"loading {directory.name}", unit="B", unit_scale=True, disable=None) as bar:
+
+        def show(done_bytes: int, total_bytes: int) -> None:
+            bar.total = total_bytes
+            bar.update(done_bytes - bar.n)
+
+        return load_model(directory, config, dtype, device, on_progress=show)
+
+
+def _fit_blocks(
+    config: ModelConfig,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    settings: ExecutorSettings,
+    max_model_len: int,
+) -> int:
+    """Number of KV blocks that fit into memory, at most what all slots can use."""
+    block_bytes = KVCache.bytes_per_block(config, block_size, dtype)
+    if device.type == "cuda":
+        free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+        budget = free_bytes - int(total_bytes * (1 - settings.kv_memory_fraction))
+    else:
+        budget = _CPU_KV_BYTES
+    blocks_per_seq = -(-max_model_len // block_size)
+    # One block stays free: the cache has a further one that padding writes to.
+    num_blocks = min(budget // block_bytes - 1, settings.max_num_seqs * blocks_per_seq)
+    if num_blocks < blocks_per_seq:
+        raise StartupError(
+            f"the KV cache gets {max(budget, 0) / 2**30:.2f} GiB, which holds no sequence of "
+            f"{max_model_len} tokens ({blocks_per_seq * block_bytes / 2**30:.2f} GiB); lower "
+            "--max-model-len, raise --kv-memory-fraction, or set --num-kv-blocks"
+        )
+    return num_blocks

@@ -1,0 +1,243 @@
+"""One iteration: gathers the batch from the slots, runs the model, samples, updates the slots.
+
+Used by the worker thread only.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from executor_service.batch_state import (
+    FINISH_LENGTH,
+    FINISH_NONE,
+    FINISH_NOT_RUN,
+    FINISH_STOP_TOKEN,
+    BatchState,
+)
+from executor_service.slots import Chunk, SlotTable
+from nanovllm_core.attention import AttentionBackend
+from nanovllm_core.batch import ForwardBatch
+from nanovllm_core.kv_cache import KVCache
+from nanovllm_core.model import CausalLM
+from nanovllm_core.sampler import SampledTokens, SamplingBatch, sample
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """Tokens of one iteration, on the host; the lists are parallel."""
+
+    slots: list[int]
+    token_ids: list[int]
+    finish_flags: list[int]
+    # Chosen, top ids and top log-probabilities of slots that asked for them.
+    logprobs: "list[SlotLogprobs]"
+
+
+@dataclass(frozen=True, slots=True)
+class SlotLogprobs:
+    """Log-probabilities of one slot's token."""
+
+    slot: int
+    chosen: float
+    top_token_ids: list[int]
+    top_logprobs: list[float]
+
+
+class ModelRunner:
+    """Joins model, cache and batch state."""
+
+    def __init__(
+        self,
+        model: CausalLM,
+        cache: KVCache,
+        attention: AttentionBackend,
+        state: BatchState,
+    ) -> None:
+        self._model = model
+        self._cache = cache
+        self._attention = attention
+        self._state = state
+        self._block_size = cache.block_size
+
+    @torch.inference_mode()
+    def run(self, chunks: list[Chunk], decode_slots: list[int], slots: SlotTable) -> StepOutput:
+        """Runs prefill chunks together with slots that decode. Marks nothing on the host.
+
+        The slot table must not have been advanced for this iteration yet.
+        """
+        completed = [chunk.slot for chunk in chunks if chunk.completes]
+        sampled_slots = completed + decode_slots
+        decode_rows = self._index(decode_slots)
+        runs = self._runs(decode_rows)
+        batch = self._gather(chunks, decode_rows, runs, decode_slots, slots)
+        hidden = self._model(batch, self._cache, self._attention)
+        if chunks:
+            self._advance_chunks(chunks)
+        if not sampled_slots:
+            return StepOutput([], [], [], [])
+        rows = self._index(sampled_slots)
+        logits = self._model.logits(hidden[batch.logits_rows])
+        sampled = sample(logits, self._sampling_batch(rows, sampled_slots, slots))
+        all_run = torch.cat([runs.new_ones(len(completed)), runs])
+        flags = self._append(rows, sampled.token_ids, all_run, num_completed=len(completed))
+        return StepOutput(
+            slots=sampled_slots,
+            token_ids=sampled.token_ids.tolist(),
+            finish_flags=flags.tolist(),
+            logprobs=_logprobs(sampled, sampled_slots, slots),
+        )
+
+    def _runs(self, rows: Tensor) -> Tensor:
+        """Which decode rows really decode, [rows] bool: neither finished nor out of blocks."""
+        has_room = self._state.ints("num_computed")[rows] < self._state.ints("capacity")[rows]
+        return (self._state.ints("active")[rows] > 0) & has_room
+
+    def _gather(
+        self,
+        chunks: list[Chunk],
+        decode_rows: Tensor,
+        runs: Tensor,
+        decode_slots: list[int],
+        slots: SlotTable,
+    ) -> ForwardBatch:
+        """Collects the iteration's tokens: prefill chunks first, one token per decoding slot."""
+        state = self._state
+        decode_positions = state.ints("num_computed")[decode_rows]
+        token_rows, positions = decode_rows, decode_positions
+        context_lens = torch.where(runs, decode_positions + 1, 0)
+        seq_rows = decode_rows
+        num_prefill_tokens = sum(chunk.num_tokens for chunk in chunks)
+        if chunks:
+            chunk_rows = np.repeat(
+                [chunk.slot for chunk in chunks], [chunk.num_tokens for chunk in chunks]
+            )
+            chunk_positions = np.concatenate(
+                [np.arange(chunk.start, chunk.end) for chunk in chunks]
+            )
+            token_rows = torch.cat([self._to_device(chunk_rows), decode_rows])
+            positions = torch.cat([self._to_device(chunk_positions), decode_positions])
+            ends = self._to_device(np.asarray([chunk.end for chunk in chunks]))
+            context_lens = torch.cat([ends, context_lens])
+            seq_rows = torch.cat([self._index([chunk.slot for chunk in chunks]), decode_rows])
+        blocks = state.block_tables[token_rows, positions // self._block_size].to(torch.int64)
+        slot_mapping = blocks * self._block_size + positions % self._block_size
+        slot_mapping[num_prefill_tokens:].masked_fill_(~runs, self._cache.trash_slot)
+        return ForwardBatch(
+            token_ids=state.token_ids[token_rows, positions],
+            positions=positions,
+            slot_mapping=slot_mapping,
+            block_tables=state.block_tables[seq_rows],
+            context_lens=context_lens.to(torch.int32),
+            prefill_lens=[chunk.num_tokens for chunk in chunks],
+            prefill_context_lens=[chunk.end for chunk in chunks],
+            max_decode_context_len=max(
+                (slots[slot].num_computed + 1 for slot in decode_slots), default=0
+            ),
+            logits_rows=self._logits_rows(chunks, len(decode_slots)),
+        )
+
+    def _logits_rows(self, chunks: list[Chunk], num_decode: int) -> Tensor:
+        ends = np.cumsum([chunk.num_tokens for chunk in chunks], dtype=np.int64)
+        last = [end - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.completes]
+        first_decode = int(ends[-1]) if chunks else 0
+        decode = np.arange(first_decode, first_decode + num_decode)
+        return self._to_device(np.concatenate([np.asarray(last, dtype=np.int64), decode]))
+
+    def _advance_chunks(self, chunks: list[Chunk]) -> None:
+        rows = self._index([chunk.slot for chunk in chunks])
+        ends = self._to_device(np.asarray([chunk.end for chunk in chunks]))
+        self._state.ints("num_computed")[rows] = ends
+
+    def _append(
+        self, rows: Tensor, token_ids: Tensor, runs: Tensor, *, num_completed: int
+    ) -> Tensor:
+        """Appends the tokens of the rows that run; returns finish flags, [rows]. On the device."""
+        state = self._state
+        num_tokens, num_computed = state.ints("num_tokens"), state.ints("num_computed")
+        new_index = num_tokens[rows]
+        kept = state.token_ids[rows, new_index]
+        state.token_ids[rows, new_index] = torch.where(runs, token_ids, kept)
+        new_length = new_index + runs
+        num_tokens[rows] = new_length
+        # A completed prefill has computed its last known token with its chunk.
+        decode_rows = rows[num_completed:]
+        num_computed[decode_rows] = num_computed[decode_rows] + runs[num_completed:]
+        is_stop = (state.stop_token_ids[rows] == token_ids[:, None]).any(dim=1)
+        is_full = new_length >= state.ints("max_total_tokens")[rows]
+        flags = torch.where(
+            is_stop, FINISH_STOP_TOKEN, torch.where(is_full, FINISH_LENGTH, FINISH_NONE)
+        )
+        active = state.ints("active")
+        active[rows] = torch.where(runs, flags == FINISH_NONE, active[rows] > 0).to(torch.int64)
+        return torch.where(runs, flags, FINISH_NOT_RUN)
+
+    def _sampling_batch(
+        self, rows: Tensor, sampled_slots: list[int], slots: SlotTable
+    ) -> SamplingBatch:
+        state = self._state
+        owners = [slots[slot] for slot in sampled_slots]
+        samplings = [owner.sampling for owner in owners]
+        random = [s for s in samplings if s.temperature > 0]
+        vocab_size = state.limits.vocab_size
+        any_penalty = any(
+            s.presence_penalty or s.frequency_penalty or s.repetition_penalty != 1
+            for s in samplings
+        )
+        longest = max(owner.num_tokens for owner in owners)
+        num_tokens = state.ints("num_tokens")[rows]
+        truncating = [s for s in random if s.top_p < 1 or 0 < s.top_k < vocab_size]
+        return SamplingBatch(
+            temperature=state.floats("temperature")[rows],
+            top_p=state.floats("top_p")[rows],
+            min_p=state.floats("min_p")[rows],
+            top_k=state.ints("top_k")[rows].to(torch.int32),
+            seeds=state.ints("seed")[rows],
+            positions=num_tokens,
+            presence_penalty=state.floats("presence_penalty")[rows],
+            frequency_penalty=state.floats("frequency_penalty")[rows],
+            repetition_penalty=state.floats("repetition_penalty")[rows],
+            # The history is only read for penalties; copying it is not free.
+            token_ids=state.token_ids[rows, : longest if any_penalty else 1],
+            num_prompt_tokens=state.ints("num_prompt_tokens")[rows],
+            num_tokens=num_tokens,
+            bias_token_ids=state.bias_token_ids[rows],
+            bias_values=state.bias_values[rows],
+            stop_token_ids=state.stop_token_ids[rows],
+            min_total_tokens=state.ints("min_total_tokens")[rows],
+            any_random=bool(random),
+            any_filter=bool(truncating) or any(s.min_p > 0 for s in random),
+            any_penalty=any_penalty,
+            any_bias=any(len(s.bias_token_ids) > 0 for s in samplings),
+            any_min_tokens=any(owner.num_tokens < owner.min_total_tokens for owner in owners),
+            max_logprobs=max(s.num_logprobs for s in samplings),
+            max_top_k=max((s.top_k for s in truncating), default=0)
+            if all(0 < s.top_k < vocab_size for s in truncating)
+            else 0,
+        )
+
+    def _index(self, slots: list[int]) -> Tensor:
+        return self._to_device(np.asarray(slots, dtype=np.int64))
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self._state.device, non_blocking=True)
+
+
+def _logprobs(
+    sampled: SampledTokens, sampled_slots: list[int], slots: SlotTable
+) -> list[SlotLogprobs]:
+    if (
+        sampled.chosen_logprobs is None
+        or sampled.top_token_ids is None
+        or sampled.top_logprobs is None
+    ):
+        return []
+    chosen = sampled.chosen_logprobs.tolist()
+    top_token_ids = sampled.top_token_ids.tolist()
+    top_logprobs = sampled.top_logprobs.tolist()
+    return [
+        SlotLogprobs(slot, chosen[row], top_token_ids[row][:count], top_logprobs[row][:count])
+        for row, slot in enumerate(sampled_slots)
+        if (count := slots[slot].sampling.num_logprobs) >= 0
+    ]

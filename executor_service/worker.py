@@ -1,0 +1,233 @@
+"""The worker thread: applies plans and runs iterations, one after the other.
+
+It alone touches the device and the slots. While a slot can decode it never waits for a plan.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from executor_service.batch_state import FINISH_NONE, FINISH_NOT_RUN, BatchState
+from executor_service.metrics import ExecutorMetrics
+from executor_service.model_runner import ModelRunner, StepOutput
+from executor_service.plan_reader import PlanError, PlanOrder
+from executor_service.session import EndReason, Session
+from executor_service.slots import Chunk, SlotTable
+from nanovllm.v1 import executor_pb2
+from nanovllm.wire import pack_float32, pack_int32
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenSession:
+    """A new session takes over; the one before it is fenced."""
+
+    session: Session
+
+
+@dataclass(frozen=True, slots=True)
+class QueuedPlan:
+    """A plan of a session."""
+
+    session: Session
+    plan: PlanOrder
+    received_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class CloseSession:
+    """The session's stream is gone."""
+
+    session: Session
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """The thread ends."""
+
+
+Command = OpenSession | QueuedPlan | CloseSession | Stop
+
+
+class Worker:
+    """Runs until `stop`. `on_fatal` is called if the device is beyond repair."""
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        state: BatchState,
+        metrics: ExecutorMetrics,
+        on_fatal: Callable[[], None],
+    ) -> None:
+        self._runner = runner
+        self._state = state
+        self._metrics = metrics
+        self._on_fatal = on_fatal
+        self._slots = SlotTable(state.limits)
+        self._session: Session | None = None
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        # Plans that wait for the iteration that runs the chunks of the plan before them.
+        self._plans: deque[QueuedPlan] = deque()
+        self._iteration = 0
+        # End of the last iteration if a slot could have gone on at once, else None.
+        self._could_run_since_s: float | None = None
+        self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread after the iteration under way."""
+        self._commands.put(Stop())
+        self._thread.join()
+
+    def submit(self, command: Command) -> None:
+        """Queues a command; from any thread."""
+        self._commands.put(command)
+
+    def _run(self) -> None:
+        while True:
+            runnable = self._slots.runnable()
+            if not self._take_commands(wait=not runnable and not self._plans):
+                break
+            try:
+                self._turn()
+            except PlanError as error:
+                logger.warning("session %x: %s", self._session_id(), error)
+                self._end_session(EndReason.PROTOCOL, str(error))
+            except Exception as error:
+                logger.exception("an iteration failed")
+                self._end_session(EndReason.FAILED, f"an iteration failed: {type(error).__name__}")
+                self._on_fatal()
+        self._end_session(EndReason.SHUTDOWN, "the executor is shutting down")
+
+    def _take_commands(self, *, wait: bool) -> bool:
+        """Takes every queued command; returns False when the thread is to end."""
+        while True:
+            try:
+                command = self._commands.get(block=wait)
+            except queue.Empty:
+                return True
+            wait = False
+            match command:
+                case Stop():
+                    return False
+                case OpenSession(session):
+                    self._end_session(EndReason.FENCED, "a newer session took over")
+                    self._session = session
+                    self._iteration = 0
+                case CloseSession(session):
+                    if session is self._session:
+                        self._end_session(EndReason.CLOSED, "the stream was closed")
+                case QueuedPlan(session):
+                    if session is self._session:
+                        self._plans.append(command)
+
+    def _turn(self) -> None:
+        """Applies plans up to one with chunks, then runs one iteration if there is work."""
+        applied = False
+        chunks: list[Chunk] = []
+        while self._plans and not chunks:
+            chunks = self._apply(self._plans.popleft())
+            applied = True
+        decode_slots = self._slots.runnable()
+        if chunks or decode_slots:
+            self._iterate(chunks, decode_slots)
+        elif applied and self._session is not None:
+            # Nothing to run, but the scheduler may want to know that the plan arrived.
+            self._session.put(executor_pb2.StepResult(applied_step_id=self._slots.applied_step_id))
+
+    def _apply(self, queued: QueuedPlan) -> list[Chunk]:
+        plan = queued.plan
+        starts = [
+            state.num_blocks if (state := self._slots.get(slot)) is not None else 0
+            for slot, _ in plan.grants
+        ]
+        chunks = self._slots.apply(plan)
+        if plan.releases:
+            self._state.release(plan.releases)
+        for admit in plan.admits:
+            self._state.admit(admit)
+        if plan.grants:
+            self._state.grant(
+                [slot for slot, _ in plan.grants], starts, [blocks for _, blocks in plan.grants]
+            )
+        self._metrics.plan_queue_delay.observe(time.monotonic() - queued.received_s)
+        return chunks
+
+    def _iterate(self, chunks: list[Chunk], decode_slots: list[int]) -> None:
+        started_s = time.monotonic()
+        idle_s = started_s - self._could_run_since_s if self._could_run_since_s else 0.0
+        output = self._runner.run(chunks, decode_slots, self._slots)
+        ended_s = time.monotonic()
+        self._iteration += 1
+        for slot in decode_slots:
+            self._slots.advance(slot)
+        for chunk in chunks:
+            if chunk.completes:
+                self._slots.complete_prefill(chunk.slot)
+        result = self._to_result(output)
+        result.gpu_time_us = int((ended_s - started_s) * 1e6)
+        result.idle_time_us = int(idle_s * 1e6)
+        if self._session is not None:
+            self._session.put(result)
+        self._metrics.record_step(
+            kind=_kind(chunks, decode_slots), busy_s=ended_s - started_s, idle_s=idle_s
+        )
+        self._could_run_since_s = ended_s if self._slots.runnable() or self._plans else None
+
+    def _to_result(self, output: StepOutput) -> executor_pb2.StepResult:
+        ran = [flag != FINISH_NOT_RUN for flag in output.finish_flags]
+        for slot, flag in zip(output.slots, output.finish_flags, strict=True):
+            self._slots[slot].finished = flag != FINISH_NONE
+        result = executor_pb2.StepResult(
+            iteration=self._iteration,
+            applied_step_id=self._slots.applied_step_id,
+            slots=pack_int32(_pick(output.slots, ran)),
+            token_ids=pack_int32(_pick(output.token_ids, ran)),
+            finish_flags=bytes(_pick(output.finish_flags, ran)),
+        )
+        if output.logprobs:
+            result.logprobs.CopyFrom(
+                executor_pb2.SlotLogprobs(
+                    slots=pack_int32([item.slot for item in output.logprobs]),
+                    chosen=pack_float32([item.chosen for item in output.logprobs]),
+                    num_top=pack_int32([len(item.top_token_ids) for item in output.logprobs]),
+                    top_token_ids=pack_int32(
+                        [token for item in output.logprobs for token in item.top_token_ids]
+                    ),
+                    top_logprobs=pack_float32(
+                        [value for item in output.logprobs for value in item.top_logprobs]
+                    ),
+                )
+            )
+        return result
+
+    def _end_session(self, reason: EndReason, message: str) -> None:
+        """Frees all slots; whoever holds the session is told why."""
+        if self._session is not None:
+            self._session.end(reason, message)
+            self._session = None
+        self._slots.clear()
+        self._state.clear()
+        self._plans.clear()
+        self._could_run_since_s = None
+
+    def _session_id(self) -> int:
+        return self._session.session_id if self._session is not None else 0
+
+
+def _kind(chunks: list[Chunk], decode_slots: list[int]) -> str:
+    if not chunks:
+        return "decode"
+    return "mixed" if decode_slots else "prefill"
+
+
+def _pick(values: list[int], keep: list[bool]) -> list[int]:
+    return [value for value, kept in zip(values, keep, strict=True) if kept]

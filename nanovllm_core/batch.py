@@ -1,0 +1,50 @@
+"""What one iteration of the model runs on."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class ForwardBatch:
+    """The tokens of one iteration, flat, with the sequences that they belong to.
+
+    Sequences are ordered: prefill chunks first, then decode rows of one token each. Device tensors
+    describe every sequence; the host fields exist so that no kernel launch has to wait for a value
+    from the device.
+    """
+
+    # [num_tokens] int32 or int64
+    token_ids: Tensor
+    # [num_tokens] int64, index of each token in its sequence
+    positions: Tensor
+    # [num_tokens] int64, flat cache slot (block * block_size + offset) that takes the token's KV
+    slot_mapping: Tensor
+    # [num_seqs, max_blocks_per_seq] int32; entries behind a sequence's context are any block ids
+    # of the pool: they may be read, and what is read is masked
+    block_tables: Tensor
+    # [num_seqs] int32, tokens in the cache including this iteration's; 0 in rows that only pad
+    context_lens: Tensor
+    # query tokens of each prefill chunk, in order
+    prefill_lens: list[int]
+    # context_lens of the prefill chunks
+    prefill_context_lens: list[int]
+    # upper bound of context_lens over the decode rows; 0 if there are none
+    max_decode_context_len: int
+    # [num_logits] int64, rows of the hidden states from which a token is sampled
+    logits_rows: Tensor
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        """Tokens in prefill chunks; they come first."""
+        return sum(self.prefill_lens)
+
+    @property
+    def num_prefill_seqs(self) -> int:
+        """Number of prefill chunks."""
+        return len(self.prefill_lens)
+
+    @property
+    def num_decode_seqs(self) -> int:
+        """Number of decode rows, padding included."""
+        return self.block_tables.shape[0] - len(self.prefill_lens)

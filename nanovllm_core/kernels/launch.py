@@ -1,0 +1,226 @@
+"""Launch configurations: every tuning constant of the kernels, in one place.
+
+Choices depend on host-known shapes only, so that a captured CUDA graph always replays the launch it
+was captured with. `*_CANDIDATES` are what `python -m benchmarks.kernels --sweep` tries; the tables
+hold what is used.
+
+The entries here were derived by counting, not yet swept:
+
+- A 132-multiprocessor H100 needs about 16 KiB of loads in flight on each (3 TB/s times 600 ns of
+  latency, by Little's law), better twice that; a block of a FMA kernel issues all its weight loads
+  at once.
+- Warps of a FMA block divide K between them, and summing up costs 5 shuffles per output, row and
+  warp at one warp instruction a clock: with several rows few warps per block are better, as long
+  as a thread's share of x (K / 32 / num_warps floats per row) fits its registers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# Largest number of rows that the FMA kernels take: at 8 rows they need 50 of an SM's 128 FMAs a
+# clock to keep up with memory, at 16 rows conversion and FMA together would be the limit.
+MAX_GEMV_ROWS = 8
+
+# Largest number of rows of the LM head with sampling: its blocks keep all rows of x in registers
+# while they walk the vocabulary, and 8 rows spill.
+MAX_LM_HEAD_ROWS = 4
+
+# Weight elements that one thread of a FMA kernel may hold: 128 bf16 elements are 64 registers.
+_MAX_GEMV_ELEMENTS_PER_THREAD = 128
+
+
+@dataclass(frozen=True, slots=True)
+class GemvConfig:
+    """FMA kernel: a block multiplies `block_n` whole rows of the weight with every row of x."""
+
+    block_n: int
+    num_warps: int
+
+    def fitted_block_n(self, k_padded: int) -> int:
+        """block_n, halved until the block's weights fit into registers; a power of two."""
+        block_n = self.block_n
+        budget = _MAX_GEMV_ELEMENTS_PER_THREAD * 32 * self.num_warps
+        while block_n > 1 and block_n * k_padded > budget:
+            block_n //= 2
+        return block_n
+
+    def options(self, dependent: bool) -> dict[str, object]:
+        return _options(self.num_warps, 1, dependent)
+
+
+@dataclass(frozen=True, slots=True)
+class TileConfig:
+    """Tensor-core kernel over [block_m, block_n] output tiles.
+
+    split_k blocks share one tile and each sums its part of K. group_m row tiles are walked before
+    the next column tile, so that weights are reused from the L2 cache at prefill sizes.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    split_k: int = 1
+    group_m: int = 8
+
+    def options(self, dependent: bool) -> dict[str, object]:
+        return _options(self.num_warps, self.num_stages, dependent)
+
+
+LinearConfig = GemvConfig | TileConfig
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeConfig:
+    """Paged decode attention: blocks walk `block_kv` tokens a step.
+
+    The context is split until about `target_blocks` blocks exist, at most max_splits ways.
+    """
+
+    block_kv: int
+    num_warps: int
+    num_stages: int
+    target_blocks: int
+    max_splits: int
+
+    def num_splits(self, num_seqs: int, num_kv_heads: int) -> int:
+        """A power of two between 1 and max_splits."""
+        splits = 1
+        while splits < self.max_splits and splits * num_seqs * num_kv_heads < self.target_blocks:
+            splits *= 2
+        return min(splits, self.max_splits)
+
+    def options(self, dependent: bool) -> dict[str, object]:
+        return _options(self.num_warps, self.num_stages, dependent)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillConfig:
+    """Paged prefill attention: [block_m, block_kv] score tiles; rows are (token, head of group)."""
+
+    block_m: int
+    block_kv: int
+    num_warps: int
+    num_stages: int
+
+    def options(self) -> dict[str, object]:
+        return _options(self.num_warps, self.num_stages, False)
+
+
+@dataclass(frozen=True, slots=True)
+class LmHeadConfig:
+    """LM head with sampling: a block walks blocks_per_program groups of block_n vocabulary rows."""
+
+    block_n: int
+    blocks_per_program: int
+    num_warps: int
+
+    def options(self, dependent: bool) -> dict[str, object]:
+        return _options(self.num_warps, 1, dependent)
+
+
+Table = Sequence[tuple[int, LinearConfig]]
+
+
+def _options(num_warps: int, num_stages: int, dependent: bool) -> dict[str, object]:
+    options: dict[str, object] = {"num_warps": num_warps, "num_stages": num_stages}
+    if dependent:
+        options["launch_pdl"] = True
+    return options
+
+
+def choose(table: Table, rows: int) -> LinearConfig:
+    """The first entry whose row limit holds `rows`; the last entry holds any number."""
+    for max_rows, config in table:
+        if rows <= max_rows:
+            return config
+    return table[-1][1]
+
+
+# (rows up to, configuration)
+RMS_NORM_LINEAR: Table = (
+    (2, GemvConfig(block_n=8, num_warps=4)),
+    (MAX_GEMV_ROWS, GemvConfig(block_n=4, num_warps=1)),
+    (16, TileConfig(block_m=16, block_n=32, block_k=128, num_warps=4, num_stages=4)),
+    (32, TileConfig(block_m=32, block_n=32, block_k=128, num_warps=4, num_stages=4)),
+    (64, TileConfig(block_m=64, block_n=32, block_k=128, num_warps=4, num_stages=4)),
+    (256, TileConfig(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=4)),
+    (1 << 31, TileConfig(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3)),
+)
+
+# block_n counts output columns; each needs a gate row and an up row of the weight.
+SILU_MUL_LINEAR: Table = (
+    (2, GemvConfig(block_n=4, num_warps=4)),
+    (MAX_GEMV_ROWS, GemvConfig(block_n=2, num_warps=1)),
+    (16, TileConfig(block_m=16, block_n=16, block_k=128, num_warps=4, num_stages=4)),
+    (32, TileConfig(block_m=32, block_n=16, block_k=128, num_warps=4, num_stages=4)),
+    (64, TileConfig(block_m=64, block_n=16, block_k=128, num_warps=4, num_stages=4)),
+    (256, TileConfig(block_m=64, block_n=32, block_k=64, num_warps=4, num_stages=4)),
+    (1 << 31, TileConfig(block_m=128, block_n=64, block_k=64, num_warps=8, num_stages=3)),
+)
+
+# N is the hidden size, so tiles are few: the FMA kernel takes few rows of the weight per block and
+# the tensor-core kernel splits K.
+LINEAR_RESIDUAL: Table = (
+    (MAX_GEMV_ROWS, GemvConfig(block_n=4, num_warps=4)),
+    (16, TileConfig(block_m=16, block_n=32, block_k=128, num_warps=4, num_stages=4, split_k=4)),
+    (32, TileConfig(block_m=32, block_n=32, block_k=128, num_warps=4, num_stages=4, split_k=4)),
+    (64, TileConfig(block_m=64, block_n=64, block_k=128, num_warps=4, num_stages=3, split_k=8)),
+    (256, TileConfig(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=4, split_k=2)),
+    (1 << 31, TileConfig(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3)),
+)
+
+PAGED_DECODE = DecodeConfig(
+    block_kv=64, num_warps=4, num_stages=3, target_blocks=512, max_splits=64
+)
+PAGED_PREFILL = PrefillConfig(block_m=128, block_kv=64, num_warps=8, num_stages=3)
+# One or two rows; three to MAX_LM_HEAD_ROWS.
+LM_HEAD_SAMPLE = LmHeadConfig(block_n=16, blocks_per_program=4, num_warps=4)
+LM_HEAD_SAMPLE_ROWS = LmHeadConfig(block_n=8, blocks_per_program=8, num_warps=2)
+
+GEMV_CANDIDATES: tuple[GemvConfig, ...] = tuple(
+    GemvConfig(block_n, num_warps)
+    for num_warps, sizes in ((1, (1, 2, 4)), (2, (2, 4, 8)), (4, (2, 4, 8, 16)), (8, (8, 16)))
+    for block_n in sizes
+)
+
+
+def tile_candidates(rows: int, *, columns_per_output: int, split: bool) -> tuple[TileConfig, ...]:
+    """Tensor-core configurations worth trying for a row count.
+
+    Args:
+        rows: rows of x.
+        columns_per_output: weight rows behind one output column (2 for gate and up).
+        split: whether the kernel can split K.
+    """
+    if rows > 256:
+        shapes = ((128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (128, 128, 64, 4, 4))
+        return tuple(
+            TileConfig(m, n // columns_per_output, k, warps, stages)
+            for m, n, k, warps, stages in shapes
+        )
+    block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    return tuple(
+        TileConfig(block_m, n // columns_per_output, k, 4, stages, split_k)
+        for n, k, stages in ((16, 256, 3), (32, 128, 4), (32, 128, 6), (64, 64, 5), (64, 128, 3))
+        for split_k in ((1, 2, 4, 8) if split else (1,))
+    )
+
+
+PAGED_DECODE_CANDIDATES: tuple[DecodeConfig, ...] = tuple(
+    DecodeConfig(block_kv, num_warps, num_stages, target_blocks, max_splits=64)
+    for block_kv, num_warps, num_stages in ((32, 2, 4), (64, 4, 3), (64, 4, 4), (128, 4, 3))
+    for target_blocks in (264, 528, 1056)
+)
+PAGED_PREFILL_CANDIDATES: tuple[PrefillConfig, ...] = (
+    PrefillConfig(64, 64, 4, 3),
+    PrefillConfig(128, 64, 4, 3),
+    PrefillConfig(128, 64, 8, 3),
+    PrefillConfig(128, 128, 8, 2),
+)
+LM_HEAD_CANDIDATES: tuple[LmHeadConfig, ...] = tuple(
+    LmHeadConfig(block_n, blocks_per_program, num_warps)
+    for block_n, num_warps in ((4, 1), (8, 1), (8, 2), (16, 2), (8, 4), (16, 4), (32, 8))
+    for blocks_per_program in (2, 8)
+)

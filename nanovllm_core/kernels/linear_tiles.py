@@ -1,0 +1,73 @@
+"""Device functions of the fused linear kernels: how x and the weight are walked.
+
+Weights are [N, K] row-major, as checkpoints store them, so both operands are read along K.
+"""
+
+# Triton writes compile-time parameters in capitals.
+# ruff: noqa: N803
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_weight_rows(w_ptr, rows, row_limit, K: tl.constexpr, K_PADDED: tl.constexpr):
+    """Whole weight rows: [len(rows), K_PADDED], zero past K and past row_limit.
+
+    Weights are used once per step and pass through the L2 cache first-out, so that activations and
+    the small tensors stay in it.
+    """
+    columns = tl.arange(0, K_PADDED)
+    return tl.load(
+        w_ptr + rows.to(tl.int64)[:, None] * K + columns[None, :],
+        mask=(rows < row_limit)[:, None] & (columns < K)[None, :],
+        other=0.0,
+        eviction_policy="evict_first",
+    )
+
+
+@triton.jit
+def load_activation_row(x_ptr, row, K: tl.constexpr, K_PADDED: tl.constexpr):
+    """Row of x as float32 [K_PADDED], zero past K."""
+    columns = tl.arange(0, K_PADDED)
+    return tl.load(x_ptr + row * K + columns, mask=columns < K, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def inverse_rms(x, eps, K: tl.constexpr):
+    """rsqrt(mean(x^2) + eps) of a float32 row."""
+    return tl.rsqrt(tl.sum(x * x, axis=0) / K + eps)
+
+
+@triton.jit
+def multiply_rows(w, x):
+    """w @ x in float32: w [n, k] of any float type, x [k] float32; products are exact in bf16."""
+    return tl.sum(w.to(tl.float32) * x[None, :], axis=1)
+
+
+@triton.jit
+def tile_position(
+    pid,
+    rows,
+    n_size,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """Row tile and column tile of a program, GROUP_M row tiles deep before the next column."""
+    num_m = tl.cdiv(rows, BLOCK_M)
+    num_n = tl.cdiv(n_size, BLOCK_N)
+    group = pid // (GROUP_M * num_n)
+    group_rows = min(num_m - group * GROUP_M, GROUP_M)
+    pid_m = group * GROUP_M + (pid % (GROUP_M * num_n)) % group_rows
+    pid_n = (pid % (GROUP_M * num_n)) // group_rows
+    return pid_m, pid_n
+
+
+@triton.jit
+def load_tile(ptr, rows, row_limit, columns, K: tl.constexpr, MASK_COLUMNS: tl.constexpr):
+    """[len(rows), len(columns)] of a row-major matrix of K columns, zero outside."""
+    mask = (rows < row_limit)[:, None]
+    if MASK_COLUMNS:
+        mask = mask & (columns < K)[None, :]
+    return tl.load(ptr + rows.to(tl.int64)[:, None] * K + columns[None, :], mask=mask, other=0.0)

@@ -1,0 +1,1 @@
+"""The scheduler process: public API, queues, tokenization, KV block accounting and policy."""

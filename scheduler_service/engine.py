@@ -1,0 +1,380 @@
+"""The engine: joins requests, the pure scheduler and the executor link on one event loop.
+
+Everything here runs on that loop, so nothing is locked. Servicers submit requests and wait for
+deltas; the link reports sessions and results; the engine turns both into plans.
+"""
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable, Iterable
+from dataclasses import dataclass, field
+
+from scheduler_service.completion import Completion, Delta
+from scheduler_service.detokenizer import IncrementalDetokenizer, StopMatcher
+from scheduler_service.errors import (
+    DeadlineError,
+    DuplicateRequestError,
+    ExecutorFailedError,
+    InvalidFieldError,
+    NeverFitsError,
+    NoExecutorError,
+    QueueFullError,
+    RequestError,
+)
+from scheduler_service.metrics import SchedulerMetrics
+from scheduler_service.model_spec import ModelSpec
+from scheduler_service.plan import Plan, StepResult
+from scheduler_service.scheduler import ExecutorCapacity, Scheduler
+from scheduler_service.sequence import FinishReason, Sequence, SequenceId
+from scheduler_service.tokenizer import Tokenizer
+from scheduler_service.validation import GenerateSpec
+
+logger = logging.getLogger(__name__)
+
+SendPlan = Callable[[Plan], None]
+
+
+@dataclass(slots=True, eq=False)
+class LiveRequest:
+    """A request from submission to its last delta."""
+
+    request_id: str
+    completions: list[Completion]
+    # Set whenever a completion may have a new delta, or the request failed.
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    error: RequestError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """Bounds that protect the process and its callers."""
+
+    max_queued_requests: int
+    executor_wait_timeout_s: float
+    max_executor_losses: int
+
+
+class Engine:
+    """Owns every live request."""
+
+    # What a client that was refused for a full queue should wait; queues drain in seconds.
+    _RETRY_AFTER_S = 1.0
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        model: ModelSpec,
+        tokenizer: Tokenizer,
+        metrics: SchedulerMetrics,
+        limits: EngineLimits,
+    ) -> None:
+        self.scheduler = scheduler
+        self.model = model
+        self._tokenizer = tokenizer
+        self._metrics = metrics
+        self._limits = limits
+        self._requests: dict[str, LiveRequest] = {}
+        self._owners: dict[SequenceId, tuple[LiveRequest, Completion]] = {}
+        self._sequence_ids = map(SequenceId, itertools.count())
+        self._send: SendPlan | None = None
+        self._plan_scheduled = False
+        self._had_session = False
+        # While no executor is there: why, and since when.
+        self._executor_problem = "no executor has connected yet"
+        self._absence_timer: asyncio.TimerHandle | None = None
+        self._absent_for_too_long = False
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest sequence: the model's own limit, or the executor's if that is less."""
+        capacity = self.scheduler.capacity
+        return min(self.model.max_model_len, capacity.max_model_len if capacity else 2**31)
+
+    def start(self) -> None:
+        """Starts the clock on the first connection."""
+        self._start_absence_timer()
+
+    # Requests
+
+    def check_id(self, request_id: str) -> None:
+        """Raises DuplicateRequestError if a live request has this id."""
+        if request_id in self._requests:
+            raise DuplicateRequestError(
+                f"request_id {request_id!r} belongs to a live request; choose another"
+            )
+
+    def submit(self, spec: GenerateSpec, prompt_token_ids: list[int]) -> LiveRequest:
+        """Queues a request. Raises RequestError and keeps nothing if it is refused."""
+        self.check_id(spec.request_id)
+        self._check_admission(spec)
+        seqs = self._new_sequences(spec, prompt_token_ids)
+        if not self.scheduler.fits(seqs[0]):
+            raise self._never_fits(seqs[0])
+        request = LiveRequest(
+            spec.request_id,
+            [self._new_completion(spec, index, seq) for index, seq in enumerate(seqs)],
+        )
+        self._requests[request.request_id] = request
+        for completion in request.completions:
+            self._owners[completion.seq.seq_id] = (request, completion)
+            self.scheduler.add(completion.seq)
+        self._plan_soon()
+        return request
+
+    async def deltas(
+        self, request: LiveRequest, deadline_s: float | None = None
+    ) -> AsyncGenerator[Delta]:
+        """Yields deltas until every completion has ended. Raises RequestError.
+
+        Leaving the iterator early, by cancellation say, ends the request. `deadline_s` is a time
+        of `time.monotonic()`.
+        """
+        try:
+            while True:
+                request.changed.clear()
+                if request.error is not None:
+                    raise request.error
+                for completion in request.completions:
+                    delta = completion.take_delta()
+                    if delta is not None:
+                        yield delta
+                if all(completion.finished_sent for completion in request.completions):
+                    return
+                await self._wait(request, deadline_s)
+        finally:
+            self._end(request, FinishReason.ABORT)
+
+    async def _wait(self, request: LiveRequest, deadline_s: float | None) -> None:
+        if deadline_s is None:
+            await request.changed.wait()
+            return
+        try:
+            async with asyncio.timeout(deadline_s - time.monotonic()):
+                await request.changed.wait()
+        except TimeoutError as error:
+            raise DeadlineError("the deadline of the call passed") from error
+
+    def abort(self, request_id: str) -> bool:
+        """Ends a live request; its stream gets terminal deltas. Returns whether there was one."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return False
+        self._finish_all(request, FinishReason.ABORT)
+        request.changed.set()
+        return True
+
+    def _check_admission(self, spec: GenerateSpec) -> None:
+        if self._absent_for_too_long:
+            raise self._no_executor_error()
+        waiting = self.scheduler.num_waiting
+        if waiting + spec.n > self._limits.max_queued_requests:
+            raise QueueFullError(
+                f"{waiting} sequences wait already, the limit is "
+                f"{self._limits.max_queued_requests}; try again later",
+                self._RETRY_AFTER_S,
+            )
+
+    def _new_sequences(self, spec: GenerateSpec, prompt_token_ids: list[int]) -> list[Sequence]:
+        num_prompt = len(prompt_token_ids)
+        longest = self.max_model_len
+        if num_prompt >= longest:
+            raise InvalidFieldError(
+                "prompt",
+                f"the prompt has {num_prompt} tokens, but at most {longest - 1} leave room for "
+                "an output token",
+            )
+        if spec.max_tokens is not None:
+            max_total = min(num_prompt + spec.max_tokens, longest)
+        else:
+            capacity = self.scheduler.capacity
+            # Without a limit of its own, a request is content with what the cache can hold.
+            max_total = min(longest, capacity.max_kv_tokens + 1) if capacity else longest
+            max_total = max(max_total, num_prompt + 1)
+        arrival_s = time.monotonic()
+        return [
+            Sequence(
+                next(self._sequence_ids),
+                prompt_token_ids,
+                max_total_tokens=max_total,
+                min_total_tokens=num_prompt + spec.min_tokens,
+                sampling=sampling,
+                stop_token_ids=spec.stop_token_ids,
+                priority=spec.priority,
+                arrival_s=arrival_s,
+                cache_salt=spec.cache_salt,
+            )
+            for sampling in spec.samplings
+        ]
+
+    def _new_completion(self, spec: GenerateSpec, index: int, seq: Sequence) -> Completion:
+        detokenizer = None
+        if spec.detokenize:
+            skip = spec.skip_special_tokens
+            detokenizer = IncrementalDetokenizer(
+                lambda ids: self._tokenizer.decode(ids, skip_special_tokens=skip), seq.token_ids
+            )
+        matcher = None
+        if spec.stop:
+            matcher = StopMatcher(spec.stop, include_in_output=spec.include_stop_str_in_output)
+        return Completion(
+            index,
+            seq,
+            detokenizer,
+            matcher,
+            min_tokens=spec.min_tokens,
+            include_stop_token=spec.include_stop_str_in_output,
+        )
+
+    def _end(self, request: LiveRequest, reason: FinishReason) -> None:
+        """Forgets a request; whatever of it still runs ends for `reason`."""
+        self._finish_all(request, reason)
+        if self._requests.get(request.request_id) is request:
+            del self._requests[request.request_id]
+
+    def _finish_all(self, request: LiveRequest, reason: FinishReason) -> None:
+        for completion in request.completions:
+            if not completion.seq.is_finished:
+                self.scheduler.finish(completion.seq, reason)
+                self._on_finished(completion)
+        self._plan_soon()
+
+    def _fail(self, request: LiveRequest, error: RequestError) -> None:
+        request.error = error
+        self._finish_all(request, FinishReason.ERROR)
+        request.changed.set()
+
+    def _never_fits(self, seq: Sequence) -> NeverFitsError:
+        capacity = self.scheduler.capacity
+        holds = capacity.max_kv_tokens if capacity else 0
+        return NeverFitsError(
+            f"prompt and max_tokens need {seq.max_kv_tokens} tokens of KV cache, but it holds "
+            f"{holds}; send less, lower max_tokens, or give the executor more KV memory"
+        )
+
+    # The executor link
+
+    def on_connected(self, capacity: ExecutorCapacity, send: SendPlan) -> None:
+        """A session is open: all slots are free, the cache is empty."""
+        self._stop_absence_timer()
+        self._absent_for_too_long = False
+        if self._had_session:
+            self._metrics.executor_restarts.inc()
+        self._had_session = True
+        self._send = send
+        for seq in self.scheduler.attach(capacity):
+            owner = self._owners.get(seq.seq_id)
+            if owner is not None:
+                self._fail(owner[0], self._never_fits(seq))
+        self._plan_soon()
+
+    def on_disconnected(self, problem: str) -> None:
+        """The session is over. Running requests wait for the next one."""
+        self._executor_problem = problem
+        if self._send is None:
+            return
+        self._send = None
+        self.scheduler.detach()
+        limit = self._limits.max_executor_losses
+        for request in list(self._requests.values()):
+            if any(
+                not completion.seq.is_finished and completion.seq.num_executor_losses > limit
+                for completion in request.completions
+            ):
+                message = f"the executor was lost more than {limit} times during this request"
+                self._fail(request, ExecutorFailedError(message))
+        self._start_absence_timer()
+
+    def on_results(self, results: Iterable[StepResult]) -> None:
+        """Takes in results in order. Raises ExecutorProtocolError."""
+        now_s = time.monotonic()
+        token_counts: dict[SequenceId, int] = {}
+        for result in results:
+            progressed, num_tokens = self.scheduler.update(result)
+            if num_tokens:
+                self._metrics.iteration_tokens.observe(num_tokens)
+            for seq in progressed:
+                token_counts[seq.seq_id] = token_counts.get(seq.seq_id, 0) + 1
+                _, completion = self._owners[seq.seq_id]
+                if completion.stop_matcher is not None and completion.match_stop_strings():
+                    self.scheduler.finish(seq, FinishReason.STOP)
+                    seq.finish_reason = FinishReason.STOP
+        for seq_id, count in token_counts.items():
+            request, completion = self._owners[seq_id]
+            self._record_tokens(completion, count, now_s)
+            if completion.seq.is_finished:
+                self._on_finished(completion)
+            request.changed.set()
+        self._plan_now()
+
+    # Planning
+
+    def _plan_soon(self) -> None:
+        """Plans once after everything that arrived in this turn of the event loop."""
+        if not self._plan_scheduled and self._send is not None:
+            self._plan_scheduled = True
+            asyncio.get_running_loop().call_soon(self._plan_now)
+
+    def _plan_now(self) -> None:
+        self._plan_scheduled = False
+        if self._send is None:
+            return
+        while (plan := self.scheduler.schedule(time.monotonic())) is not None:
+            self._send(plan)
+
+    # Absence of an executor
+
+    def _start_absence_timer(self) -> None:
+        self._stop_absence_timer()
+        self._absence_timer = asyncio.get_running_loop().call_later(
+            self._limits.executor_wait_timeout_s, self._on_absent_for_too_long
+        )
+
+    def _stop_absence_timer(self) -> None:
+        if self._absence_timer is not None:
+            self._absence_timer.cancel()
+            self._absence_timer = None
+
+    def _on_absent_for_too_long(self) -> None:
+        self._absent_for_too_long = True
+        for request in list(self._requests.values()):
+            self._fail(request, self._no_executor_error())
+
+    def _no_executor_error(self) -> NoExecutorError:
+        return NoExecutorError(
+            f"no executor for {self._limits.executor_wait_timeout_s:g} s: {self._executor_problem}",
+            self._RETRY_AFTER_S,
+        )
+
+    # Metrics
+
+    def _record_tokens(self, completion: Completion, count: int, now_s: float) -> None:
+        self._metrics.generation_tokens.inc(count)
+        seq = completion.seq
+        if completion.first_token_s is None:
+            completion.first_token_s = now_s
+            self._metrics.time_to_first_token.observe(now_s - seq.arrival_s)
+            self._metrics.prompt_tokens.inc(seq.num_prompt_tokens)
+            count -= 1
+        if count and completion.last_token_s is not None:
+            gap_s = (now_s - completion.last_token_s) / count
+            self._metrics.inter_token_latency.observe(gap_s, count)
+        completion.last_token_s = now_s
+
+    def _on_finished(self, completion: Completion) -> None:
+        seq = completion.seq
+        self._owners.pop(seq.seq_id, None)
+        reason = seq.finish_reason or FinishReason.ERROR
+        self._metrics.count_finished(reason.value)
+        now_s = time.monotonic()
+        self._metrics.request_prompt_tokens.observe(seq.num_prompt_tokens)
+        self._metrics.request_generation_tokens.observe(seq.num_output_tokens)
+        self._metrics.e2e_request_latency.observe(now_s - seq.arrival_s)
+        admitted_s = seq.first_admitted_s
+        if admitted_s is None:
+            return
+        self._metrics.request_queue_time.observe(admitted_s - seq.arrival_s)
+        if completion.first_token_s is not None:
+            self._metrics.request_prefill_time.observe(completion.first_token_s - admitted_s)
+            self._metrics.request_decode_time.observe(now_s - completion.first_token_s)

@@ -1,0 +1,111 @@
+"""What can go wrong with a request, and how a client gets to know it.
+
+One exception per thing a caller can do about it; `to_status` is the only place that knows codes.
+"""
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+
+class RequestError(Exception):
+    """Base of everything that ends one request and nothing else."""
+
+    code = code_pb2.INTERNAL
+    # Value of the reason label in metrics.
+    label = "internal"
+
+    def details(self) -> list[any_pb2.Any]:
+        """Machine-readable details, as google.rpc messages."""
+        return []
+
+
+class InvalidFieldError(RequestError):
+    """A field of the request is wrong."""
+
+    code = code_pb2.INVALID_ARGUMENT
+    label = "invalid_field"
+
+    def __init__(self, field: str, description: str) -> None:
+        super().__init__(f"{field}: {description}")
+        self.field = field
+        self.description = description
+
+    def details(self) -> list[any_pb2.Any]:
+        """Names the field."""
+        violation = error_details_pb2.BadRequest.FieldViolation(
+            field=self.field, description=self.description
+        )
+        return [_pack(error_details_pb2.BadRequest(field_violations=[violation]))]
+
+
+class DuplicateRequestError(RequestError):
+    """The request id belongs to a live request."""
+
+    code = code_pb2.ALREADY_EXISTS
+    label = "duplicate_request"
+
+
+class RetryableError(RequestError):
+    """The same request may succeed later."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+    def details(self) -> list[any_pb2.Any]:
+        """Says when to come back."""
+        delay = duration_pb2.Duration()
+        delay.FromMicroseconds(int(self.retry_after_s * 1e6))
+        return [_pack(error_details_pb2.RetryInfo(retry_delay=delay))]
+
+
+class QueueFullError(RetryableError):
+    """Too many requests wait."""
+
+    code = code_pb2.RESOURCE_EXHAUSTED
+    label = "queue_full"
+
+
+class NeverFitsError(RequestError):
+    """The KV cache is too small for the request, however long it waits."""
+
+    code = code_pb2.RESOURCE_EXHAUSTED
+    label = "never_fits"
+
+
+class DeadlineError(RequestError):
+    """The caller's deadline passed."""
+
+    code = code_pb2.DEADLINE_EXCEEDED
+    label = "deadline"
+
+
+class NoExecutorError(RetryableError):
+    """No executor was there for too long, or the server is shutting down."""
+
+    code = code_pb2.UNAVAILABLE
+    label = "no_executor"
+
+
+class ExecutorFailedError(RequestError):
+    """The executor was lost again and again while it worked on this request."""
+
+    code = code_pb2.INTERNAL
+    label = "executor_failed"
+
+
+def to_status(error: RequestError) -> grpc.Status:
+    """The gRPC status of an error, with its details in the standard trailer."""
+    return rpc_status.to_status(
+        status_pb2.Status(code=error.code, message=str(error), details=error.details())
+    )
+
+
+def _pack(
+    message: error_details_pb2.BadRequest | error_details_pb2.RetryInfo,
+) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(message)
+    return packed

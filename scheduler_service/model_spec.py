@@ -1,0 +1,99 @@
+"""What the scheduler knows of the model from its JSON files; the weights are the executor's."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanovllm.model_store import fingerprint
+
+
+class ModelSpecError(ValueError):
+    """The model directory cannot be served; the message names file and key."""
+
+
+@dataclass(frozen=True, slots=True)
+class DefaultSampling:
+    """Values of unset sampling fields."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """The served model."""
+
+    name: str
+    architecture: str
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+    defaults: DefaultSampling
+    fingerprint: str
+
+    @classmethod
+    def from_directory(cls, directory: Path, name: str) -> "ModelSpec":
+        """Reads config.json and generation_config.json. Raises ModelSpecError."""
+        config = _read_json(directory / "config.json", required=True)
+        generation = _read_json(directory / "generation_config.json", required=False)
+        architectures = config.get("architectures") or ["unknown"]
+        return cls(
+            name=name,
+            architecture=str(architectures[0]),
+            vocab_size=_positive_int(config, "vocab_size"),
+            max_model_len=_positive_int(config, "max_position_embeddings"),
+            eos_token_ids=_eos_token_ids(config, generation),
+            defaults=_defaults(generation),
+            fingerprint=fingerprint(directory),
+        )
+
+
+def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
+    if not required and not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ModelSpecError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelSpecError(f"{path} holds no JSON object")
+    return content
+
+
+def _positive_int(config: dict[str, Any], key: str) -> int:
+    value = config.get(key)
+    if not isinstance(value, int) or value < 1:
+        raise ModelSpecError(f"config.json: {key} must be a positive integer, got {value!r}")
+    return value
+
+
+def _eos_token_ids(config: dict[str, Any], generation: dict[str, Any]) -> tuple[int, ...]:
+    ids: list[int] = []
+    for source in (generation, config):
+        value = source.get("eos_token_id")
+        for token_id in value if isinstance(value, list) else [value]:
+            if isinstance(token_id, int) and token_id not in ids:
+                ids.append(token_id)
+    return tuple(ids)
+
+
+def _defaults(generation: dict[str, Any]) -> DefaultSampling:
+    known: dict[str, Any] = {}
+    for key, kind in (
+        ("temperature", float),
+        ("top_p", float),
+        ("top_k", int),
+        ("min_p", float),
+        ("repetition_penalty", float),
+    ):
+        value = generation.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, (int, float)):
+            raise ModelSpecError(f"generation_config.json: {key} must be a number, got {value!r}")
+        known[key] = kind(value)
+    return DefaultSampling(**known)
