@@ -299,8 +299,10 @@ def qk_case(rows: int) -> Case:
         shape=f"tokens={rows}",
         num_bytes=rows * (4 * QKV + 4 * HEAD_DIM),
         operands=operands,
-        fused=lambda s, _: partial(
-            qk_norm_rope_cache, s[0], norm, norm, EPS, cos, sin, positions, *s[1:], HEADS
+        fused=lambda s, _: (
+            lambda: qk_norm_rope_cache(
+                s[0], norm, norm, EPS, cos, sin, positions, s[1], s[2], s[3], HEADS
+            )
         ),
         unfused=unfused,
     )
@@ -337,8 +339,17 @@ def decode_case(seqs: int, context: int, page: int, workspace: Workspace) -> Cas
         num_bytes=4 * KV_HEADS * HEAD_DIM * seqs * context,
         flops=4 * HEADS * HEAD_DIM * seqs * context,
         operands=partial(paged_operands, seqs, context, page, seqs),
-        fused=lambda s, config: partial(
-            paged_decode_attention, *s, SCALE, workspace, config=config or launch.PAGED_DECODE
+        fused=lambda s, config: (
+            lambda: paged_decode_attention(
+                s[0],
+                s[1],
+                s[2],
+                s[3],
+                s[4],
+                SCALE,
+                workspace,
+                config=config or launch.PAGED_DECODE,
+            )
         ),
         unfused=unfused if has_peer else None,
         candidates=launch.PAGED_DECODE_CANDIDATES,

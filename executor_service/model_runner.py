@@ -1,8 +1,11 @@
 """One iteration: gathers the batch from the slots, runs the model, samples, updates the slots.
 
+This runner does it step by step and waits for the results; it serves CPUs.
+
 Used by the worker thread only.
 """
 
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +19,7 @@ from executor_service.batch_state import (
     FINISH_STOP_TOKEN,
     BatchState,
 )
+from executor_service.runner import SlotLogprobs, StepOutput
 from executor_service.slots import Chunk, SlotTable
 from nanovllm_core.attention import AttentionBackend
 from nanovllm_core.batch import ForwardBatch
@@ -25,28 +29,20 @@ from nanovllm_core.sampler import SampledTokens, SamplingBatch, sample
 
 
 @dataclass(frozen=True, slots=True)
-class StepOutput:
-    """Tokens of one iteration, on the host; the lists are parallel."""
+class FinishedStep:
+    """An iteration whose results are there already."""
 
-    slots: list[int]
-    token_ids: list[int]
-    finish_flags: list[int]
-    # Chosen, top ids and top log-probabilities of slots that asked for them.
-    logprobs: "list[SlotLogprobs]"
+    output: StepOutput
 
-
-@dataclass(frozen=True, slots=True)
-class SlotLogprobs:
-    """Log-probabilities of one slot's token."""
-
-    slot: int
-    chosen: float
-    top_token_ids: list[int]
-    top_logprobs: list[float]
+    def collect(self) -> StepOutput:
+        """The results."""
+        return self.output
 
 
 class ModelRunner:
-    """Joins model, cache and batch state."""
+    """Joins model, cache and batch state; see `runner.Runner`."""
+
+    pipeline_depth = 0
 
     def __init__(
         self,
@@ -60,13 +56,33 @@ class ModelRunner:
         self._attention = attention
         self._state = state
         self._block_size = cache.block_size
+        # End of the iteration before.
+        self._ended_s = time.monotonic()
+
+    def launch(
+        self, chunks: list[Chunk], decode_slots: list[int], slots: SlotTable
+    ) -> FinishedStep:
+        """Runs the iteration."""
+        started_s = time.monotonic()
+        idle_s = started_s - self._ended_s
+        sampled_slots, sampled, flags = self._run(chunks, decode_slots, slots)
+        self._ended_s = time.monotonic()
+        return FinishedStep(
+            StepOutput(
+                slots=sampled_slots,
+                token_ids=sampled.token_ids.tolist() if sampled is not None else [],
+                finish_flags=flags,
+                logprobs=_logprobs(sampled, sampled_slots, slots) if sampled is not None else [],
+                busy_s=self._ended_s - started_s,
+                idle_s=idle_s,
+            )
+        )
 
     @torch.inference_mode()
-    def run(self, chunks: list[Chunk], decode_slots: list[int], slots: SlotTable) -> StepOutput:
-        """Runs prefill chunks together with slots that decode. Marks nothing on the host.
-
-        The slot table must not have been advanced for this iteration yet.
-        """
+    def _run(
+        self, chunks: list[Chunk], decode_slots: list[int], slots: SlotTable
+    ) -> tuple[list[int], SampledTokens | None, list[int]]:
+        """Returns the slots that were sampled, their tokens and their finish flags."""
         completed = [chunk.slot for chunk in chunks if chunk.completes]
         sampled_slots = completed + decode_slots
         decode_rows = self._index(decode_slots)
@@ -76,18 +92,13 @@ class ModelRunner:
         if chunks:
             self._advance_chunks(chunks)
         if not sampled_slots:
-            return StepOutput([], [], [], [])
+            return [], None, []
         rows = self._index(sampled_slots)
         logits = self._model.logits(hidden[batch.logits_rows])
         sampled = sample(logits, self._sampling_batch(rows, sampled_slots, slots))
         all_run = torch.cat([runs.new_ones(len(completed)), runs])
         flags = self._append(rows, sampled.token_ids, all_run, num_completed=len(completed))
-        return StepOutput(
-            slots=sampled_slots,
-            token_ids=sampled.token_ids.tolist(),
-            finish_flags=flags.tolist(),
-            logprobs=_logprobs(sampled, sampled_slots, slots),
-        )
+        return sampled_slots, sampled, flags.tolist()
 
     def _runs(self, rows: Tensor) -> Tensor:
         """Which decode rows really decode, [rows] bool: neither finished nor out of blocks."""

@@ -1,4 +1,4 @@
-"""The worker thread: applies plans and runs iterations, one after the other.
+"""The worker thread: applies plans and launches iterations, one after the other.
 
 It alone touches the device and the slots. While a slot can decode it never waits for a plan.
 """
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from executor_service.batch_state import FINISH_NONE, FINISH_NOT_RUN, BatchState
 from executor_service.metrics import ExecutorMetrics
-from executor_service.model_runner import ModelRunner, StepOutput
 from executor_service.plan_reader import PlanError, PlanOrder
+from executor_service.runner import PendingStep, Runner, StepOutput
 from executor_service.session import EndReason, Session
 from executor_service.slots import Chunk, SlotTable
 from nanovllm.v1 import executor_pb2
@@ -51,6 +51,21 @@ class Stop:
     """The thread ends."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """An iteration that was launched, with what it needs to be reported."""
+
+    pending: PendingStep
+    session: Session
+    iteration: int
+    applied_step_id: int
+    kind: str
+    # Owner of each slot at launch; results of a former owner must not touch the next one.
+    generations: dict[int, int]
+    # Whether a slot could have run since the end of the iteration before.
+    counts_idle: bool
+
+
 Command = OpenSession | QueuedPlan | CloseSession | Stop
 
 
@@ -59,7 +74,7 @@ class Worker:
 
     def __init__(
         self,
-        runner: ModelRunner,
+        runner: Runner,
         state: BatchState,
         metrics: ExecutorMetrics,
         on_fatal: Callable[[], None],
@@ -74,8 +89,9 @@ class Worker:
         # Plans that wait for the iteration that runs the chunks of the plan before them.
         self._plans: deque[QueuedPlan] = deque()
         self._iteration = 0
-        # End of the last iteration if a slot could have gone on at once, else None.
-        self._could_run_since_s: float | None = None
+        self._launched: deque[_Launched] = deque()
+        # Whether there was work for the device when the last iteration was launched or collected.
+        self._had_work = False
         self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
 
     def start(self) -> None:
@@ -93,8 +109,8 @@ class Worker:
 
     def _run(self) -> None:
         while True:
-            runnable = self._slots.runnable()
-            if not self._take_commands(wait=not runnable and not self._plans):
+            has_work = bool(self._plans or self._launched or self._slots.runnable())
+            if not self._take_commands(wait=not has_work):
                 break
             try:
                 self._turn()
@@ -138,10 +154,13 @@ class Worker:
             applied = True
         decode_slots = self._slots.runnable()
         if chunks or decode_slots:
-            self._iterate(chunks, decode_slots)
+            self._launch(chunks, decode_slots)
         elif applied and self._session is not None:
             # Nothing to run, but the scheduler may want to know that the plan arrived.
             self._session.put(executor_pb2.StepResult(applied_step_id=self._slots.applied_step_id))
+        idle = not (chunks or decode_slots)
+        if self._launched and (idle or len(self._launched) > self._runner.pipeline_depth):
+            self._collect()
 
     def _apply(self, queued: QueuedPlan) -> list[Chunk]:
         plan = queued.plan
@@ -161,63 +180,61 @@ class Worker:
         self._metrics.plan_queue_delay.observe(time.monotonic() - queued.received_s)
         return chunks
 
-    def _iterate(self, chunks: list[Chunk], decode_slots: list[int]) -> None:
-        started_s = time.monotonic()
-        idle_s = started_s - self._could_run_since_s if self._could_run_since_s else 0.0
-        output = self._runner.run(chunks, decode_slots, self._slots)
-        ended_s = time.monotonic()
+    def _launch(self, chunks: list[Chunk], decode_slots: list[int]) -> None:
+        if self._session is None:
+            return
+        pending = self._runner.launch(chunks, decode_slots, self._slots)
         self._iteration += 1
         for slot in decode_slots:
             self._slots.advance(slot)
-        for chunk in chunks:
-            if chunk.completes:
-                self._slots.complete_prefill(chunk.slot)
-        result = self._to_result(output)
-        result.gpu_time_us = int((ended_s - started_s) * 1e6)
-        result.idle_time_us = int(idle_s * 1e6)
-        if self._session is not None:
-            self._session.put(result)
-        self._metrics.record_step(
-            kind=_kind(chunks, decode_slots), busy_s=ended_s - started_s, idle_s=idle_s
-        )
-        self._could_run_since_s = ended_s if self._slots.runnable() or self._plans else None
-
-    def _to_result(self, output: StepOutput) -> executor_pb2.StepResult:
-        ran = [flag != FINISH_NOT_RUN for flag in output.finish_flags]
-        for slot, flag in zip(output.slots, output.finish_flags, strict=True):
-            self._slots[slot].finished = flag != FINISH_NONE
-        result = executor_pb2.StepResult(
-            iteration=self._iteration,
-            applied_step_id=self._slots.applied_step_id,
-            slots=pack_int32(_pick(output.slots, ran)),
-            token_ids=pack_int32(_pick(output.token_ids, ran)),
-            finish_flags=bytes(_pick(output.finish_flags, ran)),
-        )
-        if output.logprobs:
-            result.logprobs.CopyFrom(
-                executor_pb2.SlotLogprobs(
-                    slots=pack_int32([item.slot for item in output.logprobs]),
-                    chosen=pack_float32([item.chosen for item in output.logprobs]),
-                    num_top=pack_int32([len(item.top_token_ids) for item in output.logprobs]),
-                    top_token_ids=pack_int32(
-                        [token for item in output.logprobs for token in item.top_token_ids]
-                    ),
-                    top_logprobs=pack_float32(
-                        [value for item in output.logprobs for value in item.top_logprobs]
-                    ),
-                )
+        completed = [chunk.slot for chunk in chunks if chunk.completes]
+        for slot in completed:
+            self._slots.complete_prefill(slot)
+        self._launched.append(
+            _Launched(
+                pending=pending,
+                session=self._session,
+                iteration=self._iteration,
+                applied_step_id=self._slots.applied_step_id,
+                kind=_kind(chunks, decode_slots),
+                generations={
+                    slot: self._slots[slot].generation for slot in completed + decode_slots
+                },
+                counts_idle=self._had_work,
             )
-        return result
+        )
+        self._had_work = True
+
+    def _collect(self) -> None:
+        """Waits for the oldest iteration and reports it."""
+        launched = self._launched.popleft()
+        output = launched.pending.collect()
+        for slot, flag in zip(output.slots, output.finish_flags, strict=True):
+            state = self._slots.get(slot)
+            if state is not None and state.generation == launched.generations[slot]:
+                state.finished = state.finished or flag != FINISH_NONE
+        idle_s = output.idle_s if launched.counts_idle else 0.0
+        result = _to_result(output)
+        result.iteration = launched.iteration
+        result.applied_step_id = launched.applied_step_id
+        result.gpu_time_us = int(output.busy_s * 1e6)
+        result.idle_time_us = int(idle_s * 1e6)
+        launched.session.put(result)
+        self._metrics.record_step(kind=launched.kind, busy_s=output.busy_s, idle_s=idle_s)
+        self._had_work = bool(self._plans or self._launched or self._slots.runnable())
 
     def _end_session(self, reason: EndReason, message: str) -> None:
         """Frees all slots; whoever holds the session is told why."""
         if self._session is not None:
             self._session.end(reason, message)
             self._session = None
+        # Results of launched iterations have nobody to go to. What follows is ordered behind them
+        # on the device.
+        self._launched.clear()
         self._slots.clear()
         self._state.clear()
         self._plans.clear()
-        self._could_run_since_s = None
+        self._had_work = False
 
     def _session_id(self) -> int:
         return self._session.session_id if self._session is not None else 0
@@ -227,6 +244,30 @@ def _kind(chunks: list[Chunk], decode_slots: list[int]) -> str:
     if not chunks:
         return "decode"
     return "mixed" if decode_slots else "prefill"
+
+
+def _to_result(output: StepOutput) -> executor_pb2.StepResult:
+    ran = [flag != FINISH_NOT_RUN for flag in output.finish_flags]
+    result = executor_pb2.StepResult(
+        slots=pack_int32(_pick(output.slots, ran)),
+        token_ids=pack_int32(_pick(output.token_ids, ran)),
+        finish_flags=bytes(_pick(output.finish_flags, ran)),
+    )
+    if output.logprobs:
+        result.logprobs.CopyFrom(
+            executor_pb2.SlotLogprobs(
+                slots=pack_int32([item.slot for item in output.logprobs]),
+                chosen=pack_float32([item.chosen for item in output.logprobs]),
+                num_top=pack_int32([len(item.top_token_ids) for item in output.logprobs]),
+                top_token_ids=pack_int32(
+                    [token for item in output.logprobs for token in item.top_token_ids]
+                ),
+                top_logprobs=pack_float32(
+                    [value for item in output.logprobs for value in item.top_logprobs]
+                ),
+            )
+        )
+    return result
 
 
 def _pick(values: list[int], keep: list[bool]) -> list[int]:
