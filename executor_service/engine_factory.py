@@ -1,5 +1,6 @@
 """From settings to a loaded model with its cache: everything that happens before `ready`."""
 
+import importlib.util
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +9,13 @@ import torch
 from tqdm import tqdm
 
 from executor_service.batch_state import BatchState
-from executor_service.model_runner import ModelRunner
+from executor_service.model_runner import Model, ModelRunner
 from executor_service.plan_reader import ExecutorLimits
+from executor_service.runner import Runner
 from executor_service.settings import ExecutorSettings
 from nanovllm.service_settings import StartupError
-from nanovllm_core.attention import BackendError, create_backend
+from nanovllm_core.attention import AttentionBackend, BackendError, create_backend
+from nanovllm_core.batch import ForwardBatch
 from nanovllm_core.checkpoint import CheckpointError
 from nanovllm_core.config import ModelConfig, ModelConfigError
 from nanovllm_core.kv_cache import KVCache
@@ -21,7 +24,7 @@ from nanovllm_core.model import CausalLM
 
 logger = logging.getLogger(__name__)
 
-_DEFAULT_BLOCK_SIZE = 16
+_CPU_BLOCK_SIZE = 16
 # On a CPU an iteration of this many tokens stays below about a second for small models.
 _CPU_BATCHED_TOKENS = 512
 _GPU_BATCHED_TOKENS = 8192
@@ -29,11 +32,17 @@ _GPU_BATCHED_TOKENS = 8192
 _CPU_KV_BYTES = 4 * 2**30
 
 
+# Room for what the CUDA graphs allocate: the logits of the largest batch, mostly.
+_GRAPH_BYTES = 2**30
+# Prefix hits are whole blocks; larger ones would make them coarse.
+_GPU_BLOCK_SIZE = 64
+
+
 @dataclass(frozen=True, slots=True)
 class Engine:
     """A model that is ready to run."""
 
-    runner: ModelRunner
+    runner: Runner
     state: BatchState
     limits: ExecutorLimits
     device_name: str
@@ -71,10 +80,14 @@ def _create_engine(directory: Path, settings: ExecutorSettings) -> Engine:
             f"--max-num-batched-tokens {max_num_batched_tokens} must exceed --max-num-seqs "
             f"{settings.max_num_seqs}, or prefill would never get a turn"
         )
-    name = "torch" if settings.attention_backend == "auto" else settings.attention_backend
-    attention = create_backend(name, config, device)
-    block_size = settings.block_size or _DEFAULT_BLOCK_SIZE
-    model = _load_with_progress(directory, config, dtype, device)
+    attention = create_backend(_choose_backend(settings, device, dtype), config, device)
+    block_size = settings.block_size or (
+        _GPU_BLOCK_SIZE if device.type == "cuda" else _CPU_BLOCK_SIZE
+    )
+    loaded = _load_with_progress(directory, config, dtype, device)
+    model = loaded if attention.name == "torch" else _fuse(loaded)
+    if device.type == "cuda":
+        _warm_up(model, attention, config, max_num_batched_tokens, block_size, dtype, device)
     num_blocks = settings.num_kv_blocks or _fit_blocks(
         config, block_size, dtype, device, settings, max_model_len
     )
@@ -89,7 +102,7 @@ def _create_engine(directory: Path, settings: ExecutorSettings) -> Engine:
     cache = KVCache(config, num_blocks, block_size, dtype, device)
     state = BatchState(limits, device)
     return Engine(
-        runner=ModelRunner(model, cache, attention, state),
+        runner=_create_runner(model, cache, attention, state, settings),
         state=state,
         limits=limits,
         device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -111,6 +124,72 @@ def _choose_dtype(name: str, config: ModelConfig) -> torch.dtype:
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise StartupError(f"--dtype {name}: use float32, bfloat16 or float16")
     return dtype
+
+
+def _choose_backend(settings: ExecutorSettings, device: torch.device, dtype: torch.dtype) -> str:
+    if settings.attention_backend != "auto":
+        return settings.attention_backend
+    if device.type != "cuda":
+        return "torch"
+    has_flash_attn = importlib.util.find_spec("flash_attn") is not None
+    return "flash_attn" if has_flash_attn and dtype != torch.float32 else "triton"
+
+
+def _fuse(model: CausalLM) -> Model:
+    # Imports triton, which a CPU installation need not have.
+    from nanovllm_core.fused_model import FusedModel
+
+    return FusedModel(model)
+
+
+def _create_runner(
+    model: Model,
+    cache: KVCache,
+    attention: AttentionBackend,
+    state: BatchState,
+    settings: ExecutorSettings,
+) -> Runner:
+    if state.device.type != "cuda" or attention.name == "torch":
+        return ModelRunner(model, cache, attention, state)
+    from executor_service.cuda_runner import CudaRunner
+    from nanovllm_core.fused_model import FusedModel
+
+    if not isinstance(model, FusedModel):
+        raise TypeError(f"a GPU runs a FusedModel, not a {type(model).__name__}")
+    return CudaRunner(model, cache, attention, state, use_graphs=not settings.enforce_eager)
+
+
+@torch.inference_mode()
+def _warm_up(
+    model: Model,
+    attention: AttentionBackend,
+    config: ModelConfig,
+    num_tokens: int,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Runs the largest prefill once: compiles kernels, and leaves its peak memory in the allocator.
+
+    What is free afterwards can go to the KV cache.
+    """
+    chunk = min(num_tokens, config.max_position_embeddings)
+    num_blocks = -(-chunk // block_size)
+    cache = KVCache(config, num_blocks, block_size, dtype, device)
+    positions = torch.arange(chunk, device=device)
+    batch = ForwardBatch(
+        token_ids=torch.zeros_like(positions),
+        positions=positions,
+        slot_mapping=positions,
+        block_tables=torch.arange(num_blocks, dtype=torch.int32, device=device)[None],
+        context_lens=torch.tensor([chunk], dtype=torch.int32, device=device),
+        prefill_lens=[chunk],
+        prefill_context_lens=[chunk],
+        max_decode_context_len=0,
+        logits_rows=positions[-1:],
+    )
+    model.logits(model(batch, cache, attention)[batch.logits_rows])
+    torch.cuda.synchronize(device)
 
 
 def _load_with_progress(
@@ -137,7 +216,7 @@ def _fit_blocks(
     block_bytes = KVCache.bytes_per_block(config, block_size, dtype)
     if device.type == "cuda":
         free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-        budget = free_bytes - int(total_bytes * (1 - settings.kv_memory_fraction))
+        budget = free_bytes - int(total_bytes * (1 - settings.kv_memory_fraction)) - _GRAPH_BYTES
     else:
         budget = _CPU_KV_BYTES
     blocks_per_seq = -(-max_model_len // block_size)

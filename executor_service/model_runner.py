@@ -7,6 +7,7 @@ Used by the worker thread only.
 
 import time
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,8 +25,34 @@ from executor_service.slots import Chunk, SlotTable
 from nanovllm_core.attention import AttentionBackend
 from nanovllm_core.batch import ForwardBatch
 from nanovllm_core.kv_cache import KVCache
-from nanovllm_core.model import CausalLM
 from nanovllm_core.sampler import SampledTokens, SamplingBatch, sample
+
+
+class Model(Protocol):
+    """What runs a batch: `CausalLM`, or its fused form on a GPU."""
+
+    def __call__(self, batch: ForwardBatch, cache: KVCache, attention: AttentionBackend) -> Tensor:
+        """[num_tokens, hidden_size] after the final norm."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[rows, vocab_size] float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceStep:
+    """What an iteration left on the device."""
+
+    # Slots that were sampled.
+    slots: list[int]
+    # One row per slot; None if there are none.
+    sampled: SampledTokens | None
+    flags: Tensor
+
+    def results(self) -> Tensor:
+        """[2, rows] int32: tokens, then finish flags."""
+        if self.sampled is None:
+            return torch.empty(2, 0, dtype=torch.int32, device=self.flags.device)
+        return torch.stack([self.sampled.token_ids, self.flags.to(torch.int32)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +73,7 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: CausalLM,
+        model: Model,
         cache: KVCache,
         attention: AttentionBackend,
         state: BatchState,
@@ -65,24 +92,23 @@ class ModelRunner:
         """Runs the iteration."""
         started_s = time.monotonic()
         idle_s = started_s - self._ended_s
-        sampled_slots, sampled, flags = self._run(chunks, decode_slots, slots)
+        step = self.run(chunks, decode_slots, slots)
+        token_ids, flags = step.results().tolist()
         self._ended_s = time.monotonic()
         return FinishedStep(
             StepOutput(
-                slots=sampled_slots,
-                token_ids=sampled.token_ids.tolist() if sampled is not None else [],
+                slots=step.slots,
+                token_ids=token_ids,
                 finish_flags=flags,
-                logprobs=_logprobs(sampled, sampled_slots, slots) if sampled is not None else [],
+                logprobs=_logprobs(step, slots),
                 busy_s=self._ended_s - started_s,
                 idle_s=idle_s,
             )
         )
 
     @torch.inference_mode()
-    def _run(
-        self, chunks: list[Chunk], decode_slots: list[int], slots: SlotTable
-    ) -> tuple[list[int], SampledTokens | None, list[int]]:
-        """Returns the slots that were sampled, their tokens and their finish flags."""
+    def run(self, chunks: list[Chunk], decode_slots: list[int], slots: SlotTable) -> DeviceStep:
+        """Runs the iteration and leaves its results on the device."""
         completed = [chunk.slot for chunk in chunks if chunk.completes]
         sampled_slots = completed + decode_slots
         decode_rows = self._index(decode_slots)
@@ -92,13 +118,13 @@ class ModelRunner:
         if chunks:
             self._advance_chunks(chunks)
         if not sampled_slots:
-            return [], None, []
+            return DeviceStep([], None, self._index([]))
         rows = self._index(sampled_slots)
         logits = self._model.logits(hidden[batch.logits_rows])
         sampled = sample(logits, self._sampling_batch(rows, sampled_slots, slots))
         all_run = torch.cat([runs.new_ones(len(completed)), runs])
         flags = self._append(rows, sampled.token_ids, all_run, num_completed=len(completed))
-        return sampled_slots, sampled, flags.tolist()
+        return DeviceStep(sampled_slots, sampled, flags)
 
     def _runs(self, rows: Tensor) -> Tensor:
         """Which decode rows really decode, [rows] bool: neither finished nor out of blocks."""
@@ -192,10 +218,7 @@ class ModelRunner:
         samplings = [owner.sampling for owner in owners]
         random = [s for s in samplings if s.temperature > 0]
         vocab_size = state.limits.vocab_size
-        any_penalty = any(
-            s.presence_penalty or s.frequency_penalty or s.repetition_penalty != 1
-            for s in samplings
-        )
+        any_penalty = any(s.has_penalty for s in samplings)
         longest = max(owner.num_tokens for owner in owners)
         num_tokens = state.ints("num_tokens")[rows]
         truncating = [s for s in random if s.top_p < 1 or 0 < s.top_k < vocab_size]
@@ -235,11 +258,11 @@ class ModelRunner:
         return torch.from_numpy(array).to(self._state.device, non_blocking=True)
 
 
-def _logprobs(
-    sampled: SampledTokens, sampled_slots: list[int], slots: SlotTable
-) -> list[SlotLogprobs]:
+def _logprobs(step: DeviceStep, slots: SlotTable) -> list[SlotLogprobs]:
+    sampled = step.sampled
     if (
-        sampled.chosen_logprobs is None
+        sampled is None
+        or sampled.chosen_logprobs is None
         or sampled.top_token_ids is None
         or sampled.top_logprobs is None
     ):
@@ -249,6 +272,6 @@ def _logprobs(
     top_logprobs = sampled.top_logprobs.tolist()
     return [
         SlotLogprobs(slot, chosen[row], top_token_ids[row][:count], top_logprobs[row][:count])
-        for row, slot in enumerate(sampled_slots)
+        for row, slot in enumerate(step.slots)
         if (count := slots[slot].sampling.num_logprobs) >= 0
     ]

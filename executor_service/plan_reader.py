@@ -51,6 +51,11 @@ class SlotSampling:
     bias_values: Float32Array
     num_logprobs: int
 
+    @property
+    def has_penalty(self) -> bool:
+        """Whether the logits depend on the tokens so far."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
+
 
 @dataclass(frozen=True, slots=True)
 class AdmitOrder:

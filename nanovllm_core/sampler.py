@@ -125,6 +125,8 @@ def _draw(logits: Tensor, greedy: Tensor, batch: SamplingBatch) -> Tensor:
 
     Rows with temperature 0 come out meaningless.
     """
+    if logits.is_cuda:
+        return _draw_on_gpu(logits, batch)
     temperature = torch.where(batch.temperature > 0, batch.temperature, 1.0)
     # With the maximum at 0 no temperature, however small, can overflow.
     logits.sub_(logits.gather(1, greedy[:, None])).div_(temperature[:, None])
@@ -136,6 +138,26 @@ def _draw(logits: Tensor, greedy: Tensor, batch: SamplingBatch) -> Tensor:
     # The winner of an exponential race, argmax p / e, in the logarithm.
     noise = exponential_noise(batch.seeds, batch.positions, logits.shape[1])
     return logits.sub_(noise.log_()).argmax(dim=-1)
+
+
+def _draw_on_gpu(logits: Tensor, batch: SamplingBatch) -> Tensor:
+    """`_draw` without sorting, in two passes over the logits and two more for filters."""
+    from nanovllm_core.kernels.filter_threshold import filter_thresholds
+    from nanovllm_core.kernels.sampling import sample_tokens
+
+    threshold = None
+    if batch.any_filter:
+        threshold = filter_thresholds(
+            logits,
+            batch.temperature,
+            batch.top_k,
+            batch.top_p,
+            batch.min_p,
+            max_top_k=batch.max_top_k,
+        )
+    return sample_tokens(
+        logits, batch.temperature, batch.seeds, batch.positions, threshold=threshold
+    ).to(torch.int64)
 
 
 def _with_logprobs(token_ids: Tensor, raw: Tensor | None, max_logprobs: int) -> SampledTokens:

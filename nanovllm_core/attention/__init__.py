@@ -15,6 +15,8 @@ __all__ = ["AttentionBackend", "BackendError", "backend_names", "create_backend"
 # name: (module, class). Imported on demand: a backend's libraries need not be installed.
 _MODULES = {
     "torch": ("nanovllm_core.attention.torch_backend", "TorchBackend"),
+    "triton": ("nanovllm_core.attention.triton_backend", "TritonBackend"),
+    "flash_attn": ("nanovllm_core.attention.flash_attn_backend", "FlashAttnBackend"),
 }
 
 

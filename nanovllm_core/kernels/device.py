@@ -12,9 +12,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 def start_dependents(DEPENDENT: tl.constexpr):
     """Order a programmatic dependent launch; nothing without one.
 
-    What a kernel reads before this call must not be written by the kernel before it (weights).
-    Every block calls it before anything else, so the chain stays ordered: a kernel that has ended
-    has seen its predecessor end. The next kernel may then start and load its own weights early.
+    The call waits for the kernel before to end, and lets the next kernel start. Before it a block
+    may only read what no kernel writes (weights), and write nothing. Every block of every kernel
+    of a chain calls it, which keeps the chain ordered: a kernel that has ended has seen its
+    predecessor end.
     """
     if DEPENDENT:
         gdc_wait()

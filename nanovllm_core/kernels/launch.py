@@ -45,7 +45,7 @@ class GemvConfig:
         return block_n
 
     def options(self, dependent: bool) -> dict[str, object]:
-        return _options(self.num_warps, 1, dependent)
+        return launch_options(self.num_warps, 1, dependent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class TileConfig:
     group_m: int = 8
 
     def options(self, dependent: bool) -> dict[str, object]:
-        return _options(self.num_warps, self.num_stages, dependent)
+        return launch_options(self.num_warps, self.num_stages, dependent)
 
 
 LinearConfig = GemvConfig | TileConfig
@@ -92,7 +92,7 @@ class DecodeConfig:
         return min(splits, self.max_splits)
 
     def options(self, dependent: bool) -> dict[str, object]:
-        return _options(self.num_warps, self.num_stages, dependent)
+        return launch_options(self.num_warps, self.num_stages, dependent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,7 @@ class PrefillConfig:
     num_stages: int
 
     def options(self) -> dict[str, object]:
-        return _options(self.num_warps, self.num_stages, False)
+        return launch_options(self.num_warps, self.num_stages, False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,13 +117,14 @@ class LmHeadConfig:
     num_warps: int
 
     def options(self, dependent: bool) -> dict[str, object]:
-        return _options(self.num_warps, 1, dependent)
+        return launch_options(self.num_warps, 1, dependent)
 
 
 Table = Sequence[tuple[int, LinearConfig]]
 
 
-def _options(num_warps: int, num_stages: int, dependent: bool) -> dict[str, object]:
+def launch_options(num_warps: int, num_stages: int, dependent: bool) -> dict[str, object]:
+    """Triton's launch keywords; dependent asks for a programmatic dependent launch."""
     options: dict[str, object] = {"num_warps": num_warps, "num_stages": num_stages}
     if dependent:
         options["launch_pdl"] = True
@@ -171,8 +172,10 @@ LINEAR_RESIDUAL: Table = (
     (1 << 31, TileConfig(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3)),
 )
 
+# Each step loads a block table entry before the tile that it points to, and Triton shares out the
+# stages between the two: 3 stages fetch one tile ahead, 5 two.
 PAGED_DECODE = DecodeConfig(
-    block_kv=64, num_warps=4, num_stages=3, target_blocks=512, max_splits=64
+    block_kv=64, num_warps=4, num_stages=3, target_blocks=256, max_splits=32
 )
 PAGED_PREFILL = PrefillConfig(block_m=128, block_kv=64, num_warps=8, num_stages=3)
 # One or two rows; three to MAX_LM_HEAD_ROWS.
@@ -209,13 +212,18 @@ def tile_candidates(rows: int, *, columns_per_output: int, split: bool) -> tuple
 
 
 PAGED_DECODE_CANDIDATES: tuple[DecodeConfig, ...] = tuple(
-    DecodeConfig(block_kv, num_warps, num_stages, target_blocks, max_splits=64)
-    for block_kv, num_warps, num_stages in ((32, 2, 4), (64, 4, 3), (64, 4, 4), (128, 4, 3))
-    for target_blocks in (264, 528, 1056)
+    DecodeConfig(block_kv, num_warps, num_stages, target_blocks, max_splits=target_blocks // 8)
+    for block_kv, num_warps, num_stages in (
+        (32, 2, 3),
+        (32, 4, 5),
+        (64, 4, 3),
+        (64, 4, 5),
+        (128, 4, 3),
+    )
+    for target_blocks in (128, 256, 512, 1024)
 )
 PAGED_PREFILL_CANDIDATES: tuple[PrefillConfig, ...] = (
     PrefillConfig(64, 64, 4, 3),
-    PrefillConfig(128, 64, 4, 3),
     PrefillConfig(128, 64, 8, 3),
     PrefillConfig(128, 128, 8, 2),
 )

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm_core.kernels import launch
-from nanovllm_core.kernels.checks import KernelInputError, require_matrix
+from nanovllm_core.kernels.checks import KernelInputError, require_dtype, require_matrix
 from nanovllm_core.kernels.device import arrived_last, fence_weight_loads, start_dependents
 from nanovllm_core.kernels.launch import GemvConfig, LinearConfig
 from nanovllm_core.kernels.linear_tiles import (
@@ -142,12 +142,14 @@ def linear_residual(
         dependent: programmatic dependent launch, see `rms_norm_linear`.
 
     Raises:
-        KernelInputError: a shape or layout does not fit, or the workspace is missing or too small.
+        KernelInputError: a shape, dtype or layout does not fit, or the workspace is missing or too
+            small.
     """
-    rows, k_size = x.shape
-    n_size = weight.shape[0]
     require_matrix("x", x, None, None)
+    rows, k_size = x.shape
     require_matrix("weight", weight, None, k_size)
+    require_dtype("weight", weight, x.dtype)
+    n_size = weight.shape[0]
     require_matrix("residual", residual, rows, n_size)
     if rows == 0:
         return

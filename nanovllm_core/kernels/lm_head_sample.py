@@ -19,7 +19,12 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm_core.kernels import launch
-from nanovllm_core.kernels.checks import KernelInputError, require_matrix, require_shape
+from nanovllm_core.kernels.checks import (
+    KernelInputError,
+    require_dtype,
+    require_matrix,
+    require_shape,
+)
 from nanovllm_core.kernels.counter_random import race_scores, row_words
 from nanovllm_core.kernels.device import start_dependents
 from nanovllm_core.kernels.launch import MAX_LM_HEAD_ROWS, GemvConfig, LmHeadConfig
@@ -125,6 +130,7 @@ def lm_head_sample(
     require_matrix("x", x, None, None)
     rows, k_size = x.shape
     require_matrix("weight", weight, None, k_size)
+    require_dtype("weight", weight, x.dtype)
     check_sampling_arguments(rows, temperature, seeds, positions)
     if norm_weight is not None:
         require_shape("norm_weight", norm_weight, (k_size,))

@@ -10,7 +10,7 @@ From one fused projection row [q heads | k heads | v heads], each of head_dim D:
 [max_len, D / 2] indexed by the token's position, scaling included.
 
 Bytes moved per token in bf16: 2 D (Hq + 2 Hkv) read and as many written, plus 4 D for the table
-rows; Qwen3-0.6B: 16.9 KiB. A block handles a few heads of one kind of one token.
+rows; Qwen3-0.6B: 16.5 KiB. A block handles a few heads of one kind of one token.
 """
 
 # Triton writes compile-time parameters in capitals.
@@ -29,6 +29,7 @@ from nanovllm_core.kernels.checks import (
     require_shape,
 )
 from nanovllm_core.kernels.device import start_dependents
+from nanovllm_core.kernels.launch import launch_options
 
 # Heads per block: 8 heads of 128 are two 16-byte accesses for each of 64 threads, while one token
 # of Qwen3-0.6B still spreads over 4 blocks.
@@ -174,6 +175,11 @@ def qk_norm_rope_cache(
     Raises:
         KernelInputError: a shape, dtype or layout does not fit.
     """
+    if key_cache.dim() != 4:
+        raise KernelInputError(
+            "key_cache must have shape [num_blocks, block_size, num_kv_heads, head_dim], got "
+            f"{list(key_cache.shape)}"
+        )
     num_kv_heads, head_dim = key_cache.shape[2:]
     num_tokens = qkv.shape[0]
     half = head_dim // 2
@@ -196,7 +202,6 @@ def qk_norm_rope_cache(
         return q_out
     q_groups = triton.cdiv(num_heads, _HEADS_PER_BLOCK)
     kv_groups = triton.cdiv(num_kv_heads, _HEADS_PER_BLOCK)
-    options: dict[str, object] = {"launch_pdl": True} if dependent else {}
     _qk_norm_rope_cache_kernel[(num_tokens, q_groups + 2 * kv_groups)](
         qkv,
         q_norm_weight,
@@ -218,8 +223,7 @@ def qk_norm_rope_cache(
         KV_GROUPS=kv_groups,
         NORMED=q_norm_weight is not None,
         DEPENDENT=dependent,
-        num_warps=_NUM_WARPS,
-        **options,
+        **launch_options(_NUM_WARPS, 1, dependent),
     )
     return q_out
 

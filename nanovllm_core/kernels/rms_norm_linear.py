@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm_core.kernels import launch
-from nanovllm_core.kernels.checks import require_matrix, require_shape
+from nanovllm_core.kernels.checks import require_dtype, require_matrix, require_shape
 from nanovllm_core.kernels.device import fence_weight_loads, start_dependents
 from nanovllm_core.kernels.launch import GemvConfig, LinearConfig
 from nanovllm_core.kernels.linear_tiles import (
@@ -141,12 +141,13 @@ def rms_norm_linear(
         [rows, N] of x's dtype.
 
     Raises:
-        KernelInputError: a shape or layout does not fit.
+        KernelInputError: a shape, dtype or layout does not fit.
     """
-    rows, k_size = x.shape
-    n_size = folded_weight.shape[0]
     require_matrix("x", x, None, None)
+    rows, k_size = x.shape
     require_matrix("folded_weight", folded_weight, None, k_size)
+    require_dtype("folded_weight", folded_weight, x.dtype)
+    n_size = folded_weight.shape[0]
     if bias is not None:
         require_shape("bias", bias, (n_size,))
     if out is None:

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm_core.kernels import launch
-from nanovllm_core.kernels.checks import KernelInputError, require_matrix
+from nanovllm_core.kernels.checks import KernelInputError, require_dtype, require_matrix
 from nanovllm_core.kernels.device import fence_weight_loads, silu, start_dependents
 from nanovllm_core.kernels.launch import GemvConfig, LinearConfig
 from nanovllm_core.kernels.linear_tiles import (
@@ -133,11 +133,12 @@ def silu_mul_linear(
         [rows, I] of x's dtype.
 
     Raises:
-        KernelInputError: a shape or layout does not fit.
+        KernelInputError: a shape, dtype or layout does not fit.
     """
-    rows, k_size = x.shape
     require_matrix("x", x, None, None)
+    rows, k_size = x.shape
     require_matrix("weight", weight, None, k_size)
+    require_dtype("weight", weight, x.dtype)
     if weight.shape[0] % 2:
         raise KernelInputError(
             f"weight must have an even number of rows (gate, then up), got {weight.shape[0]}"

@@ -1,0 +1,165 @@
+"""The model runner for GPUs: launches without waiting, collects later.
+
+Iterations of decoding slots alone replay a CUDA graph. Those with prefill chunks, and those that
+need what the graphs do not hold (penalties, biases, log-probabilities), run kernel by kernel.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from executor_service.batch_state import BatchState
+from executor_service.decode_graphs import DecodeGraphs
+from executor_service.model_runner import DeviceStep, ModelRunner
+from executor_service.runner import PendingStep, SlotLogprobs, StepOutput
+from executor_service.slots import Chunk, HostSlot, SlotTable
+from nanovllm_core.attention import AttentionBackend
+from nanovllm_core.fused_model import FusedModel
+from nanovllm_core.kv_cache import KVCache
+
+
+@dataclass(slots=True)
+class _Timeline:
+    """End of the iteration that was collected last."""
+
+    end: torch.cuda.Event | None = None
+
+
+@dataclass(slots=True)
+class _GpuStep:
+    """Results on their way to pinned memory."""
+
+    slots: list[int]
+    # [2, rows] int32 on the host: tokens and finish flags; more rows than slots are padding.
+    results: Tensor
+    logprobs: "_HostLogprobs | None"
+    start: torch.cuda.Event
+    end: torch.cuda.Event
+    timeline: _Timeline
+
+    def collect(self) -> StepOutput:
+        """Waits for the device."""
+        self.end.synchronize()
+        previous, self.timeline.end = self.timeline.end, self.end
+        idle_s = 0.0 if previous is None else max(0.0, previous.elapsed_time(self.start) * 1e-3)
+        count = len(self.slots)
+        token_ids, flags = self.results[:, :count].tolist()
+        return StepOutput(
+            slots=self.slots,
+            token_ids=token_ids,
+            finish_flags=flags,
+            logprobs=self.logprobs.per_slot() if self.logprobs is not None else [],
+            busy_s=self.start.elapsed_time(self.end) * 1e-3,
+            idle_s=idle_s,
+        )
+
+
+@dataclass(slots=True)
+class _HostLogprobs:
+    """Log-probabilities of an iteration in pinned memory; `counts` is -1 for who wants none."""
+
+    slots: list[int]
+    counts: list[int]
+    chosen: Tensor
+    top_token_ids: Tensor
+    top_logprobs: Tensor
+
+    def per_slot(self) -> list[SlotLogprobs]:
+        """Each slot with as many entries as it asked for."""
+        chosen = self.chosen.tolist()
+        top_token_ids, top_logprobs = self.top_token_ids.tolist(), self.top_logprobs.tolist()
+        return [
+            SlotLogprobs(slot, chosen[row], top_token_ids[row][:count], top_logprobs[row][:count])
+            for row, (slot, count) in enumerate(zip(self.slots, self.counts, strict=True))
+            if count >= 0
+        ]
+
+
+class CudaRunner:
+    """Joins model, cache and batch state on a GPU; see `runner.Runner`."""
+
+    # One iteration runs, the next is queued behind it while the host takes in the last results.
+    pipeline_depth = 1
+
+    def __init__(
+        self,
+        model: FusedModel,
+        cache: KVCache,
+        attention: AttentionBackend,
+        state: BatchState,
+        *,
+        use_graphs: bool,
+    ) -> None:
+        """Captures the graphs, which takes a few seconds, unless told not to."""
+        self._eager = ModelRunner(model, cache, attention, state)
+        self._vocab_size = state.limits.vocab_size
+        self._graphs: DecodeGraphs | None = None
+        self._timeline = _Timeline()
+        self.num_graph_replays = 0
+        if use_graphs:
+            self._graphs = DecodeGraphs(model, cache, attention, state)
+            self._graphs.capture()
+
+    @torch.inference_mode()
+    def launch(self, chunks: list[Chunk], decode_slots: list[int], slots: SlotTable) -> PendingStep:
+        """Starts the iteration."""
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
+        owners = [slots[slot] for slot in decode_slots]
+        logprobs = None
+        start.record()
+        if self._graphs is not None and not chunks and all(map(self._fits_graph, owners)):
+            self.num_graph_replays += 1
+            sampled_slots = decode_slots
+            results = self._graphs.replay(
+                decode_slots, filtered=any(map(self._is_filtered, owners))
+            )
+        else:
+            step = self._eager.run(chunks, decode_slots, slots)
+            sampled_slots = step.slots
+            results = step.results()
+            logprobs = _copy_logprobs(step, slots)
+        host = torch.empty(results.shape, dtype=torch.int32, pin_memory=True)
+        host.copy_(results, non_blocking=True)
+        end.record()
+        return _GpuStep(sampled_slots, host, logprobs, start, end, self._timeline)
+
+    def _is_filtered(self, owner: HostSlot) -> bool:
+        sampling = owner.sampling
+        return sampling.temperature > 0 and (
+            0 < sampling.top_k < self._vocab_size or sampling.top_p < 1 or sampling.min_p > 0
+        )
+
+    @staticmethod
+    def _fits_graph(owner: HostSlot) -> bool:
+        sampling = owner.sampling
+        return (
+            sampling.num_logprobs < 0
+            and not sampling.has_penalty
+            and len(sampling.bias_token_ids) == 0
+            and owner.num_tokens >= owner.min_total_tokens
+        )
+
+
+def _copy_logprobs(step: DeviceStep, slots: SlotTable) -> _HostLogprobs | None:
+    sampled = step.sampled
+    if (
+        sampled is None
+        or sampled.chosen_logprobs is None
+        or sampled.top_token_ids is None
+        or sampled.top_logprobs is None
+    ):
+        return None
+
+    def to_host(tensor: Tensor) -> Tensor:
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return host.copy_(tensor, non_blocking=True)
+
+    return _HostLogprobs(
+        slots=step.slots,
+        counts=[slots[slot].sampling.num_logprobs for slot in step.slots],
+        chosen=to_host(sampled.chosen_logprobs),
+        top_token_ids=to_host(sampled.top_token_ids),
+        top_logprobs=to_host(sampled.top_logprobs),
+    )

@@ -1,0 +1,102 @@
+"""Attention with this project's own Triton kernels, for pages of 16 tokens and powers of two up."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from nanovllm_core.attention.base import AttentionBackend
+from nanovllm_core.batch import ForwardBatch
+from nanovllm_core.config import ModelConfig
+from nanovllm_core.kernels import launch
+from nanovllm_core.kernels.paged_decode import paged_decode_attention, paged_decode_workspace_size
+from nanovllm_core.kernels.paged_prefill import paged_prefill_attention
+from nanovllm_core.kernels.workspace import Workspace
+from nanovllm_core.kv_cache import KVCache
+
+
+class TritonBackend(AttentionBackend):
+    """Reads the paged cache in place, in prefill and decode."""
+
+    name: ClassVar[str] = "triton"
+
+    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+        super().__init__(config, device)
+        self.scale = config.head_dim**-0.5
+        self._workspace = _decode_workspace(config, device)
+        # Of the chunks at hand: [num_chunks + 1] int32, and the longest in tokens.
+        self._query_start: Tensor | None = None
+        self._max_query_len = 0
+
+    def prepare(self, batch: ForwardBatch, cache: KVCache) -> None:
+        """Notes where the chunks begin."""
+        if batch.prefill_lens:
+            starts = [0]
+            for length in batch.prefill_lens:
+                starts.append(starts[-1] + length)
+            self._query_start = torch.tensor(starts, dtype=torch.int32, device=self.device)
+            self._max_query_len = max(batch.prefill_lens)
+
+    def attend(self, layer: int, query: Tensor, cache: KVCache, batch: ForwardBatch) -> Tensor:
+        """See the base class."""
+        num_prefill = batch.num_prefill_seqs
+        if not num_prefill:
+            return self.decode(layer, query, cache, batch.block_tables, batch.context_lens)
+        num_tokens = batch.num_prefill_tokens
+        out = torch.empty_like(query)
+        self.prefill(layer, query[:num_tokens], cache, batch, out[:num_tokens])
+        if batch.num_decode_seqs:
+            out[num_tokens:] = self.decode(
+                layer,
+                query[num_tokens:],
+                cache,
+                batch.block_tables[num_prefill:],
+                batch.context_lens[num_prefill:],
+            )
+        return out
+
+    def prefill(
+        self, layer: int, query: Tensor, cache: KVCache, batch: ForwardBatch, out: Tensor
+    ) -> None:
+        """Attention of the prefill chunks into `out`."""
+        num_prefill = batch.num_prefill_seqs
+        if self._query_start is None:
+            raise RuntimeError("attend was called before prepare")
+        paged_prefill_attention(
+            query,
+            cache.key[layer],
+            cache.value[layer],
+            batch.block_tables[:num_prefill],
+            self._query_start,
+            batch.context_lens[:num_prefill],
+            self._max_query_len,
+            self.scale,
+            out=out,
+        )
+
+    def decode(
+        self, layer: int, query: Tensor, cache: KVCache, block_tables: Tensor, context_lens: Tensor
+    ) -> Tensor:
+        """Attention of one token per sequence."""
+        return paged_decode_attention(
+            query,
+            cache.key[layer],
+            cache.value[layer],
+            block_tables,
+            context_lens,
+            self.scale,
+            self._workspace,
+        )
+
+
+def _decode_workspace(config: ModelConfig, device: torch.device) -> Workspace:
+    """Large enough for every number of sequences: few are split many ways, many not at all."""
+    sizes = [
+        paged_decode_workspace_size(
+            num_seqs, config.num_heads, config.num_kv_heads, config.head_dim, launch.PAGED_DECODE
+        )
+        for num_seqs in range(1, launch.PAGED_DECODE.target_blocks + 1)
+    ]
+    return Workspace.allocate(
+        max(values for values, _ in sizes), max(counters for _, counters in sizes), device
+    )

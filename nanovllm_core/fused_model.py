@@ -1,0 +1,215 @@
+"""The model on a GPU, made of fused kernels.
+
+`CausalLM` defines the computation; this class runs it with the weights of a loaded one. Few rows
+(decode) are bound by the weights' bytes and by launches, so a layer is six kernels that read their
+weights while the kernel before them finishes. Many rows (prefill) are bound by arithmetic and go
+through cuBLAS, with fused kernels between the products.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from nanovllm_core.attention import AttentionBackend
+from nanovllm_core.batch import ForwardBatch
+from nanovllm_core.kernels.add_rms_norm import add_rms_norm
+from nanovllm_core.kernels.launch import MAX_LM_HEAD_ROWS
+from nanovllm_core.kernels.linear_residual import linear_residual, linear_residual_workspace_size
+from nanovllm_core.kernels.lm_head_sample import lm_head_sample
+from nanovllm_core.kernels.qk_norm_rope_cache import qk_norm_rope_cache
+from nanovllm_core.kernels.rms_norm_linear import fold_norm_weight, rms_norm_linear
+from nanovllm_core.kernels.silu_and_mul import silu_and_mul
+from nanovllm_core.kernels.silu_mul_linear import silu_mul_linear
+from nanovllm_core.kernels.workspace import Workspace
+from nanovllm_core.kv_cache import KVCache
+from nanovllm_core.model import CausalLM, DecoderLayer
+
+# Up to this many rows the fused linear kernels beat cuBLAS with separate kernels around it.
+MAX_FUSED_ROWS = 64
+
+# query [rows, num_heads, head_dim] of a layer to the attention's output of the same shape
+Attend = Callable[[int, Tensor], Tensor]
+
+
+class FusedModel:
+    """Runs a `CausalLM` on a GPU. Takes it over: the norms' weights move into its matrices."""
+
+    def __init__(self, model: CausalLM) -> None:
+        """Folds the norms in front of QKV and gate-up into those matrices, in place."""
+        self.config = model.config
+        self.embedding = model.embedding
+        self._model = model
+        self._layers: list[DecoderLayer] = list(model.layers)  # type: ignore[arg-type]
+        self._eps = model.config.rms_norm_eps
+        device, dtype = model.embedding.device, model.embedding.dtype
+        for layer in self._layers:
+            for linear, norm in (
+                (layer.attention.qkv, layer.attention_norm),
+                (layer.mlp.gate_up, layer.mlp_norm),
+            ):
+                linear.weight.data.copy_(fold_norm_weight(linear.weight, norm.weight))
+        # The weights are in the matrices; what is left of those norms is the scaling.
+        self._ones = torch.ones(self.config.hidden_size, dtype=dtype, device=device)
+        self._dependent = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (
+            9,
+            0,
+        )
+        # Biases behind attention and in the MLP have no place in the fused kernels.
+        has_biases = self.config.o_bias or self.config.mlp_bias
+        self._max_fused_rows = 0 if has_biases else MAX_FUSED_ROWS
+        sizes = [
+            linear_residual_workspace_size(rows, self.config.hidden_size)
+            for rows in range(1, MAX_FUSED_ROWS + 1)
+        ]
+        self._workspace = Workspace.allocate(
+            max(values for values, _ in sizes), max(counters for _, counters in sizes), device
+        )
+
+    @torch.inference_mode()
+    def forward(self, batch: ForwardBatch, cache: KVCache, attention: AttentionBackend) -> Tensor:
+        """Like `CausalLM.forward`: [num_tokens, hidden_size] after the final norm."""
+        attention.prepare(batch, cache)
+        hidden = F.embedding(batch.token_ids, self.embedding)
+        return self.final_norm(
+            self.run_layers(
+                hidden,
+                batch.positions,
+                batch.slot_mapping,
+                cache,
+                lambda layer, query: attention.attend(layer, query, cache, batch),
+            )
+        )
+
+    __call__ = forward
+
+    def run_layers(
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        slot_mapping: Tensor,
+        cache: KVCache,
+        attend: Attend,
+    ) -> Tensor:
+        """Runs all layers over embedded tokens and writes their KV to the cache.
+
+        Args:
+            hidden: [rows, hidden_size], overwritten.
+            positions, slot_mapping: [rows] int64.
+            cache: the pool.
+            attend: the attention over it.
+
+        Returns:
+            [rows, hidden_size], before the final norm.
+        """
+        if hidden.shape[0] <= self._max_fused_rows:
+            return self._run_few_rows(hidden, positions, slot_mapping, cache, attend)
+        return self._run_many_rows(hidden, positions, slot_mapping, cache, attend)
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """[rows, hidden_size] to the same."""
+        return self._model.norm(hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[rows, hidden_size] after the final norm to [rows, vocab_size] float32."""
+        return self._model.logits(hidden)
+
+    def raw_logits(self, hidden: Tensor) -> Tensor:
+        """The same in the model's own type, for samplers that widen while they read."""
+        return self._model.lm_head(hidden)
+
+    def sample_head(
+        self, hidden: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor
+    ) -> Tensor | None:
+        """Final norm, output matrix and a greedy or temperature draw in one kernel.
+
+        Returns:
+            [rows] int32 tokens, or None if there are too many rows for it.
+        """
+        if hidden.shape[0] > MAX_LM_HEAD_ROWS:
+            return None
+        return lm_head_sample(
+            hidden,
+            self._model.lm_head.weight,
+            temperature,
+            seeds,
+            positions,
+            norm_weight=self._model.norm.weight,
+            eps=self._eps,
+            dependent=self._dependent,
+        )
+
+    def _run_few_rows(
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        slot_mapping: Tensor,
+        cache: KVCache,
+        attend: Attend,
+    ) -> Tensor:
+        rows, dependent = hidden.shape[0], self._dependent
+        for index, layer in enumerate(self._layers):
+            attention, mlp = layer.attention, layer.mlp
+            qkv = rms_norm_linear(
+                hidden,
+                attention.qkv.weight,
+                self._eps,
+                bias=attention.qkv.bias,
+                dependent=dependent,
+            )
+            query = self._rotate(index, layer, qkv, positions, slot_mapping, cache, dependent)
+            attended = attend(index, query).view(rows, -1)
+            linear_residual(
+                attended, attention.output.weight, hidden, self._workspace, dependent=dependent
+            )
+            gated = silu_mul_linear(hidden, mlp.gate_up.weight, eps=self._eps, dependent=dependent)
+            linear_residual(gated, mlp.down.weight, hidden, self._workspace, dependent=dependent)
+        return hidden
+
+    def _run_many_rows(
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        slot_mapping: Tensor,
+        cache: KVCache,
+        attend: Attend,
+    ) -> Tensor:
+        rows = hidden.shape[0]
+        # What the block before has yet to add to the residual stream.
+        delta = torch.zeros_like(hidden)
+        for index, layer in enumerate(self._layers):
+            normed = add_rms_norm(delta, hidden, self._ones, self._eps)
+            qkv = layer.attention.qkv(normed)
+            query = self._rotate(index, layer, qkv, positions, slot_mapping, cache, False)
+            delta = layer.attention.output(attend(index, query).view(rows, -1))
+            normed = add_rms_norm(delta, hidden, self._ones, self._eps)
+            delta = layer.mlp.down(silu_and_mul(layer.mlp.gate_up(normed)))
+        return hidden.add_(delta)
+
+    def _rotate(
+        self,
+        index: int,
+        layer: DecoderLayer,
+        qkv: Tensor,
+        positions: Tensor,
+        slot_mapping: Tensor,
+        cache: KVCache,
+        dependent: bool,
+    ) -> Tensor:
+        """QK norm, rotation and cache write; returns the queries."""
+        attention, rotary = layer.attention, self._model.rotary
+        return qk_norm_rope_cache(
+            qkv,
+            attention.query_norm.weight if attention.qk_norm else None,
+            attention.key_norm.weight if attention.qk_norm else None,
+            self._eps,
+            rotary.cos,
+            rotary.sin,
+            positions,
+            slot_mapping,
+            cache.key[index],
+            cache.value[index],
+            self.config.num_heads,
+            dependent=dependent,
+        )
