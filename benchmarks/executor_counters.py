@@ -51,9 +51,7 @@ class ExecutorCounters:
     def read(cls, registry: CollectorRegistry) -> "ExecutorCounters":
         """Reads a registry of this process. Raises ValueError if it is not an executor's."""
         values = {
-            sample.name: sample.value
-            for family in registry.collect()
-            for sample in family.samples
+            sample.name: sample.value for family in registry.collect() for sample in family.samples
         }
         return cls._of(values, "the registry")
 

@@ -24,10 +24,9 @@ def describe_machine() -> dict[str, Any]:
 
 def machine_line(machine: dict[str, Any]) -> str:
     """One line for a table's head."""
-    torch = machine["packages"].get("torch", "none")
     return (
-        f"{machine['cores']} cores of {machine['cpu']}, {machine['memory_gib']} GiB, torch {torch}, "
-        f"load before {machine['load_1min_before']}"
+        f"{machine['cores']} cores of {machine['cpu']}, {machine['memory_gib']} GiB, torch "
+        f"{machine['packages'].get('torch', 'none')}, load before {machine['load_1min_before']}"
     )
 
 

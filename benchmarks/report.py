@@ -113,10 +113,10 @@ def _row(result: Result) -> str:
     return (
         f"{result.workload.name:<12}{result.tokens_per_s:>11.1f}{min(rates):>10.1f}"
         f"{max(rates):>10.1f}{result.median(lambda report: report.duration_s):>9.2f}"
-        + _ms(result.median(lambda report: report.ttft_s and report.ttft_s.p50), 10)
-        + _ms(result.median(lambda report: report.ttft_s and report.ttft_s.p99), 9)
-        + _ms(result.median(lambda report: report.itl_s and report.itl_s.p50), 9)
-        + _ms(result.median(lambda report: report.itl_s and report.itl_s.p99), 9)
+        + _ms(result.median(lambda report: report.ttft_s.p50 if report.ttft_s else None), 10)
+        + _ms(result.median(lambda report: report.ttft_s.p99 if report.ttft_s else None), 9)
+        + _ms(result.median(lambda report: report.itl_s.p50 if report.itl_s else None), 9)
+        + _ms(result.median(lambda report: report.itl_s.p99 if report.itl_s else None), 9)
         + (f"{'n/a':>8}" if idle is None else f"{idle:>8.2%}")
     )
 

@@ -41,7 +41,8 @@ async def measure(
         RequestsFailedError: A request failed.
         NanovllmError: The server does not answer.
     """
-    async with SaltedClient(address) as client:
+    client = SaltedClient(address)
+    async with client:
         info, status = await client.model_info(), await client.server_status()
         results = []
         for workload in workloads(options, info.vocab_size, info.max_model_len):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from executor_service.batch_state import BatchState
-from executor_service.decode_graphs import DecodeGraphs
+from executor_service.decode_graphs import DecodeGraphs, sampling_kind
 from executor_service.model_runner import DeviceStep, ModelRunner
 from executor_service.runner import PendingStep, SlotLogprobs, StepOutput
 from executor_service.slots import Chunk, HostSlot, SlotTable
@@ -112,9 +112,8 @@ class CudaRunner:
         if self._graphs is not None and not chunks and all(map(self._fits_graph, owners)):
             self.num_graph_replays += 1
             sampled_slots = decode_slots
-            results = self._graphs.replay(
-                decode_slots, filtered=any(map(self._is_filtered, owners))
-            )
+            kind = sampling_kind((owner.sampling for owner in owners), self._vocab_size)
+            results = self._graphs.replay(decode_slots, kind)
         else:
             step = self._eager.run(chunks, decode_slots, slots)
             sampled_slots = step.slots
@@ -124,12 +123,6 @@ class CudaRunner:
         host.copy_(results, non_blocking=True)
         end.record()
         return _GpuStep(sampled_slots, host, logprobs, start, end, self._timeline)
-
-    def _is_filtered(self, owner: HostSlot) -> bool:
-        sampling = owner.sampling
-        return sampling.temperature > 0 and (
-            0 < sampling.top_k < self._vocab_size or sampling.top_p < 1 or sampling.min_p > 0
-        )
 
     @staticmethod
     def _fits_graph(owner: HostSlot) -> bool:

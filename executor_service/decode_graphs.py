@@ -5,10 +5,14 @@ the buffers here, so that replay can follow replay; the host merely names the sl
 decoding slots changes.
 """
 
+from collections.abc import Iterable
+from enum import Enum
+
 import torch
 from torch import Tensor
 
 from executor_service.batch_state import BatchState
+from executor_service.plan_reader import SlotSampling
 from nanovllm_core.attention import AttentionBackend
 from nanovllm_core.batch import ForwardBatch
 from nanovllm_core.fused_model import FusedModel
@@ -18,9 +22,35 @@ from nanovllm_core.kernels.decode_step import (
     append_tokens,
     gather_decode_inputs,
 )
-from nanovllm_core.kernels.filter_threshold import filter_thresholds
+from nanovllm_core.kernels.filter_threshold import MAX_CANDIDATE_TOP_K, filter_thresholds
 from nanovllm_core.kernels.sampling import sample_tokens
 from nanovllm_core.kv_cache import KVCache
+
+
+class SamplingKind(Enum):
+    """What a graph's sampler can do; each does what those before it do."""
+
+    # Greedy and temperature.
+    PLAIN = 0
+    # top_p and min_p too, where every row with top_p has a top_k of at most MAX_CANDIDATE_TOP_K.
+    TOP_K = 1
+    # Any top_k, top_p and min_p.
+    FILTERED = 2
+
+
+def sampling_kind(samplings: Iterable[SlotSampling], vocab_size: int) -> SamplingKind:
+    """The least that all slots of a batch need."""
+    kind = SamplingKind.PLAIN
+    for sampling in samplings:
+        if sampling.temperature <= 0:
+            continue
+        if 0 < sampling.top_k <= MAX_CANDIDATE_TOP_K:
+            kind = max(kind, SamplingKind.TOP_K, key=lambda each: each.value)
+        elif 0 < sampling.top_k < vocab_size or sampling.top_p < 1:
+            return SamplingKind.FILTERED
+        elif sampling.min_p > 0:
+            kind = max(kind, SamplingKind.TOP_K, key=lambda each: each.value)
+    return kind
 
 
 def bucket_sizes(max_num_seqs: int) -> list[int]:
@@ -69,7 +99,7 @@ class DecodeGraphs:
         self._slot_ids = torch.full((rows,), state.dummy_row, dtype=torch.int64, device=device)
         self._results = torch.empty(2 * rows, dtype=torch.int32, device=device)
         self._current: list[int] = []
-        self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[int, SamplingKind], torch.cuda.CUDAGraph] = {}
 
     def bucket(self, num_rows: int) -> int:
         """The number of rows of the graph that holds `num_rows`."""
@@ -80,32 +110,42 @@ class DecodeGraphs:
         """Captures all graphs, largest first so that the others reuse its memory."""
         pool = None
         for size in reversed(self._sizes):
-            for filtered in (False, True):
+            for kind in SamplingKind:
                 # Compiles the kernels and fills the allocator outside the capture.
-                self._iterate(size, filtered)
+                self.iterate(size, kind)
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=pool):
-                    self._iterate(size, filtered)
+                    self.iterate(size, kind)
                 pool = graph.pool()
-                self._graphs[size, filtered] = graph
+                self._graphs[size, kind] = graph
         torch.cuda.synchronize()
 
-    def replay(self, slots: list[int], *, filtered: bool) -> Tensor:
+    def replay(self, slots: list[int], kind: SamplingKind) -> Tensor:
         """Starts one iteration over `slots`.
 
         Returns:
             [2, rows of the bucket] int32, tokens and finish flags; overwritten by the next replay.
         """
         size = self.bucket(len(slots))
-        if slots != self._current:
-            padded = slots + [self._state.dummy_row] * (self._slot_ids.shape[0] - len(slots))
-            staged = torch.tensor(padded, dtype=torch.int64, pin_memory=True)
-            self._slot_ids.copy_(staged, non_blocking=True)
-            self._current = list(slots)
-        self._graphs[size, filtered].replay()
+        self.name_slots(slots)
+        self._graphs[size, kind].replay()
+        return self.results(size)
+
+    def name_slots(self, slots: list[int]) -> None:
+        """Tells the device which slots decode; the rows behind them are padding."""
+        if slots == self._current:
+            return
+        padded = slots + [self._state.dummy_row] * (self._slot_ids.shape[0] - len(slots))
+        staged = torch.tensor(padded, pin_memory=self._slot_ids.is_cuda)
+        self._slot_ids.copy_(staged, non_blocking=True)
+        self._current = list(slots)
+
+    def results(self, size: int) -> Tensor:
+        """[2, size] int32: tokens and finish flags of the last iteration."""
         return self._results[: 2 * size].view(2, size)
 
-    def _iterate(self, size: int, filtered: bool) -> None:
+    def iterate(self, size: int, kind: SamplingKind) -> None:
+        """What a graph holds: one iteration over the first `size` slots that were named."""
         inputs = self._inputs.first(size)
         slot_ids = self._slot_ids[:size]
         gather_decode_inputs(
@@ -135,19 +175,23 @@ class DecodeGraphs:
             self._cache,
             lambda layer, query: self._attention.attend(layer, query, self._cache, batch),
         )
-        token_ids = self._sample(hidden, inputs, filtered)
-        results = self._results[: 2 * size].view(2, size)
-        append_tokens(slot_ids, token_ids, inputs.context_lens, self._slots, results)
+        token_ids = self._sample(hidden, inputs, kind)
+        append_tokens(slot_ids, token_ids, inputs.context_lens, self._slots, self.results(size))
 
-    def _sample(self, hidden: Tensor, inputs: DecodeInputs, filtered: bool) -> Tensor:
+    def _sample(self, hidden: Tensor, inputs: DecodeInputs, kind: SamplingKind) -> Tensor:
         keys = (inputs.temperature, inputs.seeds, inputs.draw_positions)
-        if not filtered:
+        if kind is SamplingKind.PLAIN:
             token_ids = self._model.sample_head(hidden, *keys)
             if token_ids is not None:
                 return token_ids
             return sample_tokens(self._model.raw_logits(self._model.final_norm(hidden)), *keys)
         logits = self._model.logits(self._model.final_norm(hidden))
         threshold = filter_thresholds(
-            logits, inputs.temperature, inputs.top_k, inputs.top_p, inputs.min_p
+            logits,
+            inputs.temperature,
+            inputs.top_k,
+            inputs.top_p,
+            inputs.min_p,
+            max_top_k=MAX_CANDIDATE_TOP_K if kind is SamplingKind.TOP_K else 0,
         )
         return sample_tokens(logits, *keys, threshold=threshold)

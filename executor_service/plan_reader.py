@@ -182,6 +182,8 @@ def _read_grants(
     blocks = _blocks(message.block_ids, "grants.block_ids", limits)
     if len(slots) != len(counts) or (counts < 1).any() or int(counts.sum()) != len(blocks):
         raise PlanError("grants: slots, num_blocks and block_ids do not fit together")
+    if len(set(slots)) != len(slots):
+        raise PlanError("grants: a slot is named twice")
     ends = np.cumsum(counts)
     return [
         (slot, blocks[end - count : end])

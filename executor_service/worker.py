@@ -22,6 +22,8 @@ from nanovllm.wire import pack_float32, pack_int32
 
 logger = logging.getLogger(__name__)
 
+_UINT32_MAX = 2**32 - 1
+
 
 @dataclass(frozen=True, slots=True)
 class OpenSession:
@@ -119,8 +121,9 @@ class Worker:
                 self._end_session(EndReason.PROTOCOL, str(error))
             except Exception as error:
                 logger.exception("an iteration failed")
-                self._end_session(EndReason.FAILED, f"an iteration failed: {type(error).__name__}")
+                # First, because a broken device makes the clean-up fail as well.
                 self._on_fatal()
+                self._end_session(EndReason.FAILED, f"an iteration failed: {type(error).__name__}")
         self._end_session(EndReason.SHUTDOWN, "the executor is shutting down")
 
     def _take_commands(self, *, wait: bool) -> bool:
@@ -161,22 +164,21 @@ class Worker:
         idle = not (chunks or decode_slots)
         if self._launched and (idle or len(self._launched) > self._runner.pipeline_depth):
             self._collect()
+        elif idle:
+            # A plan took the work away, so the device may rest.
+            self._had_work = False
 
     def _apply(self, queued: QueuedPlan) -> list[Chunk]:
         plan = queued.plan
-        starts = [
-            state.num_blocks if (state := self._slots.get(slot)) is not None else 0
-            for slot, _ in plan.grants
-        ]
         chunks = self._slots.apply(plan)
         if plan.releases:
             self._state.release(plan.releases)
         for admit in plan.admits:
             self._state.admit(admit)
         if plan.grants:
-            self._state.grant(
-                [slot for slot, _ in plan.grants], starts, [blocks for _, blocks in plan.grants]
-            )
+            slots, blocks = zip(*plan.grants, strict=True)
+            starts = [self._slots[slot].num_blocks - len(new) for slot, new in plan.grants]
+            self._state.grant(list(slots), starts, list(blocks))
         self._metrics.plan_queue_delay.observe(time.monotonic() - queued.received_s)
         return chunks
 
@@ -217,8 +219,8 @@ class Worker:
         result = _to_result(output)
         result.iteration = launched.iteration
         result.applied_step_id = launched.applied_step_id
-        result.gpu_time_us = int(output.busy_s * 1e6)
-        result.idle_time_us = int(idle_s * 1e6)
+        result.gpu_time_us = _microseconds(output.busy_s)
+        result.idle_time_us = _microseconds(idle_s)
         launched.session.put(result)
         self._metrics.record_step(kind=launched.kind, busy_s=output.busy_s, idle_s=idle_s)
         self._had_work = bool(self._plans or self._launched or self._slots.runnable())
@@ -238,6 +240,11 @@ class Worker:
 
     def _session_id(self) -> int:
         return self._session.session_id if self._session is not None else 0
+
+
+def _microseconds(seconds: float) -> int:
+    # A process that was suspended for more than an hour must not fail for that.
+    return min(int(seconds * 1e6), _UINT32_MAX)
 
 
 def _kind(chunks: list[Chunk], decode_slots: list[int]) -> str:

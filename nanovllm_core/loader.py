@@ -24,6 +24,8 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     on_progress: Callable[[int, int], None] | None = None,
+    *,
+    pack: bool = True,
 ) -> CausalLM:
     """Builds the model and fills it from `directory`.
 
@@ -36,6 +38,7 @@ def load_model(
         dtype: of the parameters.
         device: of the parameters.
         on_progress: called after each tensor with bytes done and bytes in total.
+        pack: whether matrices on a CPU are laid out for oneDNN; others cannot read them then.
 
     Raises:
         CheckpointError: files or tensors are missing, unexpected, misshapen, duplicate or damaged;
@@ -52,7 +55,7 @@ def load_model(
             done += checkpoint.num_bytes(name)
             if on_progress is not None:
                 on_progress(done, total)
-    if device.type == "cpu":
+    if pack and device.type == "cpu":
         model.pack_for_cpu()
     return model.eval()
 

@@ -49,7 +49,8 @@ class TorchBackend(AttentionBackend):
             self._decode_blocks = batch.block_tables[num_prefill:, :num_blocks].flatten()
             max_gathered = max(max_gathered, self._decode_blocks.numel())
             positions = torch.arange(num_blocks * cache.block_size, device=self.device)
-            # A padded row attends to one arbitrary position: a softmax over nothing would be NaN.
+            # A padded row attends to one arbitrary position: not every kernel behind
+            # scaled_dot_product_attention defines a softmax over nothing.
             visible = positions < batch.context_lens[num_prefill:, None].clamp(min=1)
             self._decode_mask = _additive(visible, cache.key.dtype)[:, None, None, :]
         self._reserve(max_gathered, cache)

@@ -24,6 +24,11 @@ class TritonBackend(AttentionBackend):
         super().__init__(config, device)
         self.scale = config.head_dim**-0.5
         self._workspace = _decode_workspace(config, device)
+        # The kernel may be launched while the one before it finishes.
+        self._dependent = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (
+            9,
+            0,
+        )
         # Of the chunks at hand: [num_chunks + 1] int32, and the longest in tokens.
         self._query_start: Tensor | None = None
         self._max_query_len = 0
@@ -86,6 +91,7 @@ class TritonBackend(AttentionBackend):
             context_lens,
             self.scale,
             self._workspace,
+            dependent=self._dependent,
         )
 
 

@@ -46,6 +46,24 @@ def multiply_rows(w, x):
 
 
 @triton.jit
+def squares_of_rows(
+    x_ptr, rows, row_limit, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """Sum of squares of each row of x, float32 [BLOCK_M], by a pass of its own over x.
+
+    From 64 rows a tile's product runs on wgmma, asynchronously out of shared memory. Reading the
+    same tile into registers beside it, to square it, gave wrong sums that changed from run to run
+    (Triton 3.6, sm_90); x comes from the L2 cache the second time.
+    """
+    squares = tl.zeros([BLOCK_M], dtype=tl.float32)
+    for start in range(0, K, BLOCK_K):
+        columns = start + tl.arange(0, BLOCK_K)
+        x = load_tile(x_ptr, rows, row_limit, columns, K, K % BLOCK_K != 0).to(tl.float32)
+        squares += tl.sum(x * x, axis=1)
+    return squares
+
+
+@triton.jit
 def tile_position(
     pid,
     rows,

@@ -11,7 +11,8 @@ Bytes moved: 2 N K for the weight and 2 rows (K + N) for x and y in bf16. Qwen3-
 
 Up to 8 rows, a block holds whole weight rows in registers and multiplies them with plain FMA: all
 of a block's loads are in flight at once and no operand passes through shared memory. Above, tensor
-cores work on tiles; the squares are summed from the tiles that the product reads anyway.
+cores work on tiles, and up to 32 rows the squares are summed from the tiles that the product reads
+anyway.
 """
 
 # Triton writes compile-time parameters in capitals.
@@ -32,6 +33,7 @@ from nanovllm_core.kernels.linear_tiles import (
     load_tile,
     load_weight_rows,
     multiply_rows,
+    squares_of_rows,
     tile_position,
 )
 
@@ -97,13 +99,17 @@ def _tile_kernel(
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    squares = tl.zeros([BLOCK_M], dtype=tl.float32)
+    if BLOCK_M >= 64:
+        squares = squares_of_rows(x_ptr, offs_m, rows, K, BLOCK_M, BLOCK_K)
+    else:
+        squares = tl.zeros([BLOCK_M], dtype=tl.float32)
     for start in range(0, K, BLOCK_K):
         x = load_tile(x_ptr, offs_m, rows, start + offs_k, K, K % BLOCK_K != 0)
         w = load_tile(w_ptr, offs_n, n_size, start + offs_k, K, K % BLOCK_K != 0)
         acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
-        x32 = x.to(tl.float32)
-        squares += tl.sum(x32 * x32, axis=1)
+        if BLOCK_M < 64:
+            x32 = x.to(tl.float32)
+            squares += tl.sum(x32 * x32, axis=1)
     y = acc * tl.rsqrt(squares / K + eps)[:, None]
     if HAS_BIAS:
         bias = tl.load(bias_ptr + offs_n, mask=offs_n < n_size, other=0.0)

@@ -30,6 +30,7 @@ from nanovllm_core.kernels.linear_tiles import (
     load_tile,
     load_weight_rows,
     multiply_rows,
+    squares_of_rows,
     tile_position,
 )
 
@@ -89,14 +90,17 @@ def _tile_kernel(
     w_up_ptr = w_ptr + n_size.to(tl.int64) * K
     gate = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     up = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    squares = tl.zeros([BLOCK_M], dtype=tl.float32)
+    if NORMED and BLOCK_M >= 64:
+        squares = squares_of_rows(x_ptr, offs_m, rows, K, BLOCK_M, BLOCK_K)
+    else:
+        squares = tl.zeros([BLOCK_M], dtype=tl.float32)
     for start in range(0, K, BLOCK_K):
         x = load_tile(x_ptr, offs_m, rows, start + offs_k, K, K % BLOCK_K != 0)
         w_gate = load_tile(w_ptr, offs_n, n_size, start + offs_k, K, K % BLOCK_K != 0)
         w_up = load_tile(w_up_ptr, offs_n, n_size, start + offs_k, K, K % BLOCK_K != 0)
         gate = tl.dot(x, tl.trans(w_gate), gate, input_precision="ieee")
         up = tl.dot(x, tl.trans(w_up), up, input_precision="ieee")
-        if NORMED:
+        if NORMED and BLOCK_M < 64:
             x32 = x.to(tl.float32)
             squares += tl.sum(x32 * x32, axis=1)
     if NORMED:
