@@ -77,45 +77,46 @@ class BatchState:
         """An int64 parameter of every slot, [rows]."""
         return self._ints[:, _INTS.index(name)]
 
-    def admit(self, order: AdmitOrder) -> None:
-        """Fills a slot."""
-        slot, sampling = order.slot, order.sampling
-        num_blocks = len(order.block_ids)
-        self._floats[slot] = self._to_device(
-            np.array([getattr(sampling, name) for name in _FLOATS], dtype=np.float32)
+    def admit(self, orders: list[AdmitOrder]) -> None:
+        """Fills slots, all with a few copies: on a GPU each costs more than what it carries."""
+        slots = [order.slot for order in orders]
+        rows = self._to_device(np.asarray(slots, dtype=np.int64))
+        self._floats[rows] = self._to_device(
+            np.asarray(
+                [[getattr(order.sampling, name) for name in _FLOATS] for order in orders],
+                dtype=np.float32,
+            )
         )
+        self._ints[rows] = self._to_device(
+            np.asarray([self._int_values(order) for order in orders], dtype=np.int64)
+        )
+        self._scatter(self.token_ids, slots, [order.token_ids for order in orders])
+        self._scatter(self.block_tables, slots, [order.block_ids for order in orders])
+        for table in (self.stop_token_ids, self.bias_token_ids):
+            table[rows] = -1
+        self._scatter(self.stop_token_ids, slots, [order.stop_token_ids for order in orders])
+        samplings = [order.sampling for order in orders]
+        self._scatter(self.bias_token_ids, slots, [each.bias_token_ids for each in samplings])
+        self._scatter(self.bias_values, slots, [each.bias_values for each in samplings])
+
+    def _int_values(self, order: AdmitOrder) -> list[int]:
         values = {
-            "seed": sampling.seed,
-            "top_k": sampling.top_k,
+            "seed": order.sampling.seed,
+            "top_k": order.sampling.top_k,
             "num_prompt_tokens": order.num_prompt_tokens,
             "num_tokens": len(order.token_ids),
             "num_computed": order.num_cached_tokens,
             "max_total_tokens": order.max_total_tokens,
             "min_total_tokens": order.min_total_tokens,
-            "capacity": num_blocks * self.limits.block_size,
+            "capacity": len(order.block_ids) * self.limits.block_size,
             "active": 0,
         }
-        self._ints[slot] = self._to_device(
-            np.array([values[name] for name in _INTS], dtype=np.int64)
-        )
-        self.token_ids[slot, : len(order.token_ids)] = self._to_device(order.token_ids)
-        self.block_tables[slot, :num_blocks] = self._to_device(order.block_ids)
-        self._fill_padded(self.stop_token_ids, slot, order.stop_token_ids)
-        self._fill_padded(self.bias_token_ids, slot, sampling.bias_token_ids)
-        num_biases = len(sampling.bias_values)
-        if num_biases:
-            self.bias_values[slot, :num_biases] = self._to_device(sampling.bias_values)
+        return [values[name] for name in _INTS]
 
     def grant(self, slots: list[int], starts: list[int], blocks: list[npt.NDArray]) -> None:
         """Appends blocks to slots; `starts` are the numbers of blocks that they had."""
         counts = [len(new) for new in blocks]
-        rows = np.repeat(np.asarray(slots), counts)
-        columns = np.concatenate(
-            [np.arange(start, start + count) for start, count in zip(starts, counts, strict=True)]
-        )
-        self.block_tables[self._to_device(rows), self._to_device(columns)] = self._to_device(
-            np.concatenate(blocks)
-        )
+        self._scatter(self.block_tables, slots, blocks, starts)
         capacities = np.asarray(
             [
                 (start + count) * self.limits.block_size
@@ -132,10 +133,27 @@ class BatchState:
         """Stops every slot."""
         self.ints("active").zero_()
 
-    def _fill_padded(self, table: Tensor, slot: int, values: npt.NDArray) -> None:
-        table[slot].fill_(-1)
-        if len(values):
-            table[slot, : len(values)] = self._to_device(values)
+    def _scatter(
+        self,
+        table: Tensor,
+        slots: list[int],
+        values: list[npt.NDArray],
+        starts: list[int] | None = None,
+    ) -> None:
+        """Writes each slot's values into its row, from its start on."""
+        counts = [len(each) for each in values]
+        if not any(counts):
+            return
+        rows = np.repeat(np.asarray(slots, dtype=np.int64), counts)
+        columns = np.concatenate(
+            [
+                np.arange(start, start + count)
+                for start, count in zip(starts or [0] * len(slots), counts, strict=True)
+            ]
+        )
+        table[self._to_device(rows), self._to_device(columns)] = self._to_device(
+            np.concatenate(values)
+        )
 
     def _to_device(self, array: npt.NDArray) -> Tensor:
         # Arrays from the wire are read-only views; the copy also makes the tensor own its memory.

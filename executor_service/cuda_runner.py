@@ -79,8 +79,9 @@ class _HostLogprobs:
 class CudaRunner:
     """Joins model, cache and batch state on a GPU; see `runner.Runner`."""
 
-    # One iteration runs, the next is queued behind it while the host takes in the last results.
-    pipeline_depth = 1
+    # One iteration runs, and two more are queued behind it: taking in results and applying a plan
+    # with many admissions can take the host longer than one iteration takes the device.
+    pipeline_depth = 2
 
     def __init__(
         self,

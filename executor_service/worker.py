@@ -173,8 +173,8 @@ class Worker:
         chunks = self._slots.apply(plan)
         if plan.releases:
             self._state.release(plan.releases)
-        for admit in plan.admits:
-            self._state.admit(admit)
+        if plan.admits:
+            self._state.admit(plan.admits)
         if plan.grants:
             slots, blocks = zip(*plan.grants, strict=True)
             starts = [self._slots[slot].num_blocks - len(new) for slot, new in plan.grants]

@@ -1,4 +1,4 @@
-"""Residual add and RMSNorm in one pass.
+"""Residual add and RMSNorm in one pass, or the norm alone.
 
     residual += x;   out = residual * (mean(residual^2) + eps)^(-1/2) * w
 
@@ -29,6 +29,7 @@ def _add_rms_norm_kernel(
     eps,
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
+    ADDS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     offsets = tl.arange(0, BLOCK)
@@ -36,12 +37,13 @@ def _add_rms_norm_kernel(
     weight = tl.load(weight_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     start_dependents(DEPENDENT)
     base = tl.program_id(0).to(tl.int64) * HIDDEN
-    x = tl.load(x_ptr + base + offsets, mask=inside, other=0.0).to(tl.float32)
-    old = tl.load(residual_ptr + base + offsets, mask=inside, other=0.0).to(tl.float32)
-    # The norm sees the sum as it is stored, as an unfused add followed by a norm does.
-    stored = (x + old).to(residual_ptr.dtype.element_ty)
-    tl.store(residual_ptr + base + offsets, stored, mask=inside)
-    total = stored.to(tl.float32)
+    total = tl.load(residual_ptr + base + offsets, mask=inside, other=0.0).to(tl.float32)
+    if ADDS:
+        x = tl.load(x_ptr + base + offsets, mask=inside, other=0.0).to(tl.float32)
+        # The norm sees the sum as it is stored, as an unfused add followed by a norm does.
+        stored = (x + total).to(residual_ptr.dtype.element_ty)
+        tl.store(residual_ptr + base + offsets, stored, mask=inside)
+        total = stored.to(tl.float32)
     scale = tl.rsqrt(tl.sum(total * total, axis=0) / HIDDEN + eps)
     y = (total * scale * weight).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + base + offsets, y, mask=inside)
@@ -65,11 +67,22 @@ def add_rms_norm(
     Raises:
         KernelInputError: a shape or layout does not fit.
     """
-    require_matrix("x", x, None, None)
-    rows, hidden = x.shape
-    require_matrix("residual", residual, rows, hidden)
+    require_matrix("x", x, *residual.shape)
+    return _launch(x, residual, weight, eps, dependent)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, dependent: bool = False) -> Tensor:
+    """x * (mean(x^2) + eps)^(-1/2) * weight; arguments and errors as in `add_rms_norm`."""
+    return _launch(None, x, weight, eps, dependent)
+
+
+def _launch(
+    x: Tensor | None, residual: Tensor, weight: Tensor, eps: float, dependent: bool
+) -> Tensor:
+    require_matrix("residual", residual, None, None)
+    rows, hidden = residual.shape
     require_shape("weight", weight, (hidden,))
-    out = torch.empty_like(x)
+    out = torch.empty_like(residual)
     if rows == 0:
         return out
     block = triton.next_power_of_2(hidden)
@@ -81,6 +94,7 @@ def add_rms_norm(
         eps,
         HIDDEN=hidden,
         BLOCK=block,
+        ADDS=x is not None,
         DEPENDENT=dependent,
         # One 16-byte load per thread and tensor, within the limits of a block.
         **launch_options(min(max(block // 256, 1), 16), 1, dependent),

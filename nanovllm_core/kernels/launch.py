@@ -4,7 +4,8 @@ Choices depend on host-known shapes only, so that a captured CUDA graph always r
 was captured with. `*_CANDIDATES` are what `python -m benchmarks.kernels --sweep` tries; the tables
 hold what is used.
 
-The entries here were derived by counting, not yet swept:
+Entries up to 64 rows won `benchmarks.kernels --sweep` on an H100 (torch 2.11, Triton 3.6); the
+others were derived by counting:
 
 - A 132-multiprocessor H100 needs about 16 KiB of loads in flight on each (3 TB/s times 600 ns of
   latency, by Little's law), better twice that; a block of a FMA kernel issues all its weight loads
@@ -141,22 +142,23 @@ def choose(table: Table, rows: int) -> LinearConfig:
 
 # (rows up to, configuration)
 RMS_NORM_LINEAR: Table = (
-    (2, GemvConfig(block_n=8, num_warps=4)),
+    (1, GemvConfig(block_n=1, num_warps=1)),
     (MAX_GEMV_ROWS, GemvConfig(block_n=4, num_warps=1)),
     (16, TileConfig(block_m=16, block_n=32, block_k=128, num_warps=4, num_stages=4)),
     (32, TileConfig(block_m=32, block_n=32, block_k=128, num_warps=4, num_stages=4)),
-    (64, TileConfig(block_m=64, block_n=32, block_k=128, num_warps=4, num_stages=4)),
+    (64, TileConfig(block_m=64, block_n=32, block_k=128, num_warps=4, num_stages=6)),
     (256, TileConfig(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=4)),
     (1 << 31, TileConfig(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3)),
 )
 
 # block_n counts output columns; each needs a gate row and an up row of the weight.
 SILU_MUL_LINEAR: Table = (
-    (2, GemvConfig(block_n=4, num_warps=4)),
-    (MAX_GEMV_ROWS, GemvConfig(block_n=2, num_warps=1)),
-    (16, TileConfig(block_m=16, block_n=16, block_k=128, num_warps=4, num_stages=4)),
-    (32, TileConfig(block_m=32, block_n=16, block_k=128, num_warps=4, num_stages=4)),
-    (64, TileConfig(block_m=64, block_n=16, block_k=128, num_warps=4, num_stages=4)),
+    (1, GemvConfig(block_n=1, num_warps=1)),
+    (2, GemvConfig(block_n=4, num_warps=1)),
+    (4, GemvConfig(block_n=2, num_warps=1)),
+    (16, TileConfig(block_m=16, block_n=32, block_k=128, num_warps=4, num_stages=3)),
+    (32, TileConfig(block_m=32, block_n=32, block_k=128, num_warps=4, num_stages=3)),
+    (64, TileConfig(block_m=64, block_n=32, block_k=128, num_warps=4, num_stages=3)),
     (256, TileConfig(block_m=64, block_n=32, block_k=64, num_warps=4, num_stages=4)),
     (1 << 31, TileConfig(block_m=128, block_n=64, block_k=64, num_warps=8, num_stages=3)),
 )
@@ -164,16 +166,14 @@ SILU_MUL_LINEAR: Table = (
 # N is the hidden size, so tiles are few: the FMA kernel takes few rows of the weight per block and
 # the tensor-core kernel splits K.
 LINEAR_RESIDUAL: Table = (
-    (MAX_GEMV_ROWS, GemvConfig(block_n=4, num_warps=4)),
-    (16, TileConfig(block_m=16, block_n=32, block_k=128, num_warps=4, num_stages=4, split_k=4)),
-    (32, TileConfig(block_m=32, block_n=32, block_k=128, num_warps=4, num_stages=4, split_k=4)),
-    (64, TileConfig(block_m=64, block_n=64, block_k=128, num_warps=4, num_stages=3, split_k=8)),
+    (2, GemvConfig(block_n=4, num_warps=4)),
+    (16, TileConfig(block_m=16, block_n=32, block_k=128, num_warps=4, num_stages=6, split_k=4)),
+    (32, TileConfig(block_m=32, block_n=16, block_k=256, num_warps=4, num_stages=3, split_k=4)),
+    (64, TileConfig(block_m=64, block_n=16, block_k=256, num_warps=4, num_stages=3, split_k=2)),
     (256, TileConfig(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=4, split_k=2)),
     (1 << 31, TileConfig(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3)),
 )
 
-# Each step loads a block table entry before the tile that it points to, and Triton shares out the
-# stages between the two: 3 stages fetch one tile ahead, 5 two.
 PAGED_DECODE = DecodeConfig(
     block_kv=64, num_warps=4, num_stages=3, target_blocks=256, max_splits=32
 )

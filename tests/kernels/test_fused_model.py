@@ -80,7 +80,7 @@ class Engine:
         )
         plan = PlanOrder(self.slots.applied_step_id + 1, [], [order], [], [(slot, len(tokens))])
         chunks = self.slots.apply(plan)
-        self.state.admit(order)
+        self.state.admit([order])
         self.token = self.runner.run(chunks, [], self.slots).results()[0].item()
         self.slots.complete_prefill(slot)
 
