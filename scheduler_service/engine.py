@@ -8,6 +8,7 @@ import asyncio
 import itertools
 import logging
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -42,7 +43,11 @@ class LiveRequest:
 
     request_id: str
     completions: list[Completion]
-    # Set whenever a completion may have a new delta, or the request failed.
+    # As asked for, per completion; None: as many as fit.
+    max_tokens: int | None
+    # Whether the request waits to be told of a change.
+    is_queued: bool = False
+    # Set when a completion may have a new delta, or the request failed.
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     error: RequestError | None = None
 
@@ -61,6 +66,9 @@ class Engine:
 
     # What a client that was refused for a full queue should wait; queues drain in seconds.
     _RETRY_AFTER_S = 1.0
+    # Requests that are told of new tokens in one turn of the event loop. Each then makes and writes
+    # a delta; with hundreds at once, results and plans would wait for all of them.
+    _DELIVERIES_PER_TURN = 16
 
     def __init__(
         self,
@@ -80,6 +88,7 @@ class Engine:
         self._sequence_ids = map(SequenceId, itertools.count())
         self._send: SendPlan | None = None
         self._plan_scheduled = False
+        self._undelivered: deque[LiveRequest] = deque()
         self._had_session = False
         # While no executor is there: why, and since when.
         self._executor_problem = "no executor has connected yet"
@@ -115,6 +124,7 @@ class Engine:
         request = LiveRequest(
             spec.request_id,
             [self._new_completion(spec, index, seq) for index, seq in enumerate(seqs)],
+            spec.max_tokens,
         )
         self._requests[request.request_id] = request
         for completion in request.completions:
@@ -162,7 +172,7 @@ class Engine:
         if request is None:
             return False
         self._finish_all(request, FinishReason.ABORT)
-        request.changed.set()
+        self._tell(request)
         return True
 
     def _check_admission(self, spec: GenerateSpec) -> None:
@@ -185,13 +195,7 @@ class Engine:
                 f"the prompt has {num_prompt} tokens, but at most {longest - 1} leave room for "
                 "an output token",
             )
-        if spec.max_tokens is not None:
-            max_total = min(num_prompt + spec.max_tokens, longest)
-        else:
-            capacity = self.scheduler.capacity
-            # Without a limit of its own, a request is content with what the cache can hold.
-            max_total = min(longest, capacity.max_kv_tokens + 1) if capacity else longest
-            max_total = max(max_total, num_prompt + 1)
+        max_total = self._max_total_tokens(num_prompt, spec.max_tokens)
         arrival_s = time.monotonic()
         return [
             Sequence(
@@ -207,6 +211,16 @@ class Engine:
             )
             for sampling in spec.samplings
         ]
+
+    def _max_total_tokens(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
+        if max_tokens is not None:
+            return min(num_prompt_tokens + max_tokens, self.max_model_len)
+        capacity = self.scheduler.capacity
+        if capacity is None:
+            return self.max_model_len
+        # Without a limit of its own, a request is content with what the cache can hold.
+        holds = min(self.max_model_len, capacity.max_kv_tokens + 1)
+        return max(holds, num_prompt_tokens + 1)
 
     def _new_completion(self, spec: GenerateSpec, index: int, seq: Sequence) -> Completion:
         detokenizer = None
@@ -243,10 +257,15 @@ class Engine:
     def _fail(self, request: LiveRequest, error: RequestError) -> None:
         request.error = error
         self._finish_all(request, FinishReason.ERROR)
-        request.changed.set()
+        self._tell(request)
 
     def _never_fits(self, seq: Sequence) -> NeverFitsError:
         capacity = self.scheduler.capacity
+        if seq.num_tokens >= self.max_model_len:
+            return NeverFitsError(
+                f"the sequence has {seq.num_tokens} tokens, but the executor takes less than "
+                f"{self.max_model_len}; send less, or give the executor a larger model length"
+            )
         holds = capacity.max_kv_tokens if capacity else 0
         return NeverFitsError(
             f"prompt and max_tokens need {seq.max_kv_tokens} tokens of KV cache, but it holds "
@@ -265,8 +284,13 @@ class Engine:
         self._send = send
         for seq in self.scheduler.attach(capacity):
             owner = self._owners.get(seq.seq_id)
-            if owner is not None:
-                self._fail(owner[0], self._never_fits(seq))
+            if owner is None:
+                continue  # ended below, with another completion of its request
+            request, _ = owner
+            # The limit was made for another executor, or before there was any.
+            seq.max_total_tokens = self._max_total_tokens(seq.num_prompt_tokens, request.max_tokens)
+            if seq.num_tokens >= seq.max_total_tokens or not self.scheduler.fits(seq):
+                self._fail(request, self._never_fits(seq))
         self._plan_soon()
 
     def on_disconnected(self, problem: str) -> None:
@@ -278,6 +302,11 @@ class Engine:
         self.scheduler.detach()
         limit = self._limits.max_executor_losses
         for request in list(self._requests.values()):
+            for completion in request.completions:
+                # Ended by a result whose successor broke the protocol, which ended the session.
+                if completion.seq.is_finished and completion.seq.seq_id in self._owners:
+                    self._on_finished(completion)
+                    self._tell(request)
             if any(
                 not completion.seq.is_finished and completion.seq.num_executor_losses > limit
                 for completion in request.completions
@@ -305,8 +334,27 @@ class Engine:
             self._record_tokens(completion, count, now_s)
             if completion.seq.is_finished:
                 self._on_finished(completion)
-            request.changed.set()
+            self._tell(request)
         self._plan_now()
+
+    # Delivery
+
+    def _tell(self, request: LiveRequest) -> None:
+        """Lets a request know soon that it may have something to send."""
+        if request.is_queued:
+            return
+        request.is_queued = True
+        if not self._undelivered:
+            asyncio.get_running_loop().call_soon(self._deliver)
+        self._undelivered.append(request)
+
+    def _deliver(self) -> None:
+        for _ in range(min(self._DELIVERIES_PER_TURN, len(self._undelivered))):
+            request = self._undelivered.popleft()
+            request.is_queued = False
+            request.changed.set()
+        if self._undelivered:
+            asyncio.get_running_loop().call_soon(self._deliver)
 
     # Planning
 

@@ -118,7 +118,7 @@ class ExecutorLink:
     async def _start(self, call: ExecuteCall, epoch: int) -> None:
         start = executor_pb2.StartSession(expected_epoch=epoch, session_id=secrets.randbits(64))
         async with _limit(_CALL_TIMEOUT_S, "did not answer StartSession"):
-            await call.write(executor_pb2.ExecuteRequest(start_session=start))
+            await _write(call, executor_pb2.ExecuteRequest(start_session=start))
             answer = await call.read()
         if answer is grpc.aio.EOF or not answer.HasField("session_started"):
             raise SessionEndedError("did not answer StartSession with SessionStarted")
@@ -151,9 +151,6 @@ class ExecutorLink:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     def _send(self, plan: Plan) -> None:
-        if not self._engine.scheduler.has_work_in_flight:
-            # The clock of the stall check starts with the work.
-            self._last_result_s = time.monotonic()
         self._outbox.append(plan)
         self._outbox_filled.set()
 
@@ -163,14 +160,13 @@ class ExecutorLink:
             self._outbox_filled.clear()
             while self._outbox:
                 plan = encode_plan(self._outbox.popleft())
-                await call.write(executor_pb2.ExecuteRequest(plan=plan))
+                await _write(call, executor_pb2.ExecuteRequest(plan=plan))
 
     async def _read_results(self, call: ExecuteCall) -> None:
         while True:
             message = await call.read()
             if message is grpc.aio.EOF:
-                code, details = await call.code(), await call.details()
-                raise SessionEndedError(f"ended the session: {code.name}: {details}")
+                raise await _end_of(call)
             self._last_result_s = time.monotonic()
             try:
                 self._engine.on_results(
@@ -183,8 +179,12 @@ class ExecutorLink:
         limit_s = self._settings.stall_timeout_s
         while True:
             await asyncio.sleep(limit_s / 10)
+            if not self._engine.scheduler.has_work_in_flight:
+                # The clock starts with the work.
+                self._last_result_s = time.monotonic()
+                continue
             silent_s = time.monotonic() - self._last_result_s
-            if silent_s > limit_s and self._engine.scheduler.has_work_in_flight:
+            if silent_s > limit_s:
                 raise SessionEndedError(f"made no progress for {silent_s:.1f} s")
 
     @staticmethod
@@ -202,6 +202,19 @@ def _capacity(info: executor_pb2.GetExecutorInfoResponse) -> ExecutorCapacity:
         max_num_batched_tokens=info.max_num_batched_tokens,
         max_model_len=info.max_model_len,
     )
+
+
+async def _write(call: ExecuteCall, request: executor_pb2.ExecuteRequest) -> None:
+    try:
+        await call.write(request)
+    except asyncio.InvalidStateError:
+        # gRPC refuses to write to a call that ended meanwhile; its status says why it did.
+        raise await _end_of(call) from None
+
+
+async def _end_of(call: ExecuteCall) -> SessionEndedError:
+    code, details = await call.code(), await call.details()
+    return SessionEndedError(f"ended the session: {code.name}: {details}")
 
 
 @contextlib.asynccontextmanager

@@ -1,6 +1,7 @@
 """What the scheduler knows of the model from its JSON files; the weights are the executor's."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,12 +42,13 @@ class ModelSpec:
         config = _read_json(directory / "config.json", required=True)
         generation = _read_json(directory / "generation_config.json", required=False)
         architectures = config.get("architectures") or ["unknown"]
+        vocab_size = _positive_int(config, "vocab_size")
         return cls(
             name=name,
             architecture=str(architectures[0]),
-            vocab_size=_positive_int(config, "vocab_size"),
+            vocab_size=vocab_size,
             max_model_len=_positive_int(config, "max_position_embeddings"),
-            eos_token_ids=_eos_token_ids(config, generation),
+            eos_token_ids=_eos_token_ids(config, generation, vocab_size),
             defaults=_defaults(generation),
             fingerprint=fingerprint(directory),
         )
@@ -71,12 +73,17 @@ def _positive_int(config: dict[str, Any], key: str) -> int:
     return value
 
 
-def _eos_token_ids(config: dict[str, Any], generation: dict[str, Any]) -> tuple[int, ...]:
+def _eos_token_ids(
+    config: dict[str, Any], generation: dict[str, Any], vocab_size: int
+) -> tuple[int, ...]:
+    """All ids that either file names and the model can produce."""
     ids: list[int] = []
     for source in (generation, config):
         value = source.get("eos_token_id")
         for token_id in value if isinstance(value, list) else [value]:
-            if isinstance(token_id, int) and token_id not in ids:
+            if not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
+                continue
+            if token_id not in ids:
                 ids.append(token_id)
     return tuple(ids)
 
@@ -93,7 +100,7 @@ def _defaults(generation: dict[str, Any]) -> DefaultSampling:
         value = generation.get(key)
         if value is None:
             continue
-        if not isinstance(value, (int, float)):
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
             raise ModelSpecError(f"generation_config.json: {key} must be a number, got {value!r}")
         known[key] = kind(value)
     return DefaultSampling(**known)

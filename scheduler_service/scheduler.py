@@ -40,7 +40,8 @@ class SchedulerPolicy:
     """Settings that are a matter of taste rather than of capacity."""
 
     # Tokens of KV room that a decoding sequence is kept ahead, so that it never pauses for a grant.
-    lookahead_tokens: int = 32
+    # Where blocks are not plentiful it is less: a quarter of those available, in equal shares.
+    lookahead_tokens: int = 128
     # Share of the blocks that admissions and lookahead leave alone, so that running sequences can
     # grow for a while before anything is preempted.
     watermark_ratio: float = 0.01
@@ -206,10 +207,11 @@ class Scheduler:
     def _grant(self, plan: Plan, blocks: BlockManager) -> None:
         """Keeps every decoding sequence ahead of the executor; preempts where memory is short."""
         grants: dict[SlotId, list[BlockId]] = {}
+        lookahead_tokens = self._lookahead_tokens(blocks)
         for seq in list(self._decoding.values()):
             if seq.slot is None:
                 continue  # preempted below, for a sequence before it
-            wanted = self._blocks_missing(seq, self.policy.lookahead_tokens, blocks)
+            wanted = self._blocks_missing(seq, lookahead_tokens, blocks)
             if wanted <= 0:
                 continue
             if blocks.num_available - wanted < self._watermark(blocks):
@@ -283,7 +285,7 @@ class Scheduler:
         left = blocks.num_available - blocks.num_reclaimed_by(hits) - needed
         if left < reserve:
             return False
-        ahead = min(seq.num_tokens + self.policy.lookahead_tokens, seq.max_kv_tokens)
+        ahead = min(seq.num_tokens + self._lookahead_tokens(blocks), seq.max_kv_tokens)
         extra = max(0, blocks.blocks_for(ahead) - blocks.blocks_for(seq.num_tokens))
         if left - extra < self._watermark(blocks):
             extra = 0
@@ -421,6 +423,10 @@ class Scheduler:
     def _return_to_queue(self, seq: Sequence) -> None:
         seq.move_to(SequenceStatus.WAITING)
         self._waiting.push(seq)
+
+    def _lookahead_tokens(self, blocks: BlockManager) -> int:
+        plenty = blocks.num_available * blocks.block_size // (4 * max(1, len(self._slots)))
+        return min(self.policy.lookahead_tokens, max(plenty, self._SCARCE_LOOKAHEAD_TOKENS))
 
     def _watermark(self, blocks: BlockManager) -> int:
         return max(1, int(blocks.num_blocks * self.policy.watermark_ratio))

@@ -8,6 +8,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from nanovllm.channel import check_address
 from nanovllm.model_store import ModelNotFoundError, model_name, resolve_model
 from nanovllm.service_settings import (
     SERVER_OPTIONS,
@@ -35,6 +36,10 @@ _HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
 async def serve(settings: SchedulerSettings) -> None:
     """Serves until SIGTERM or SIGINT, then drains. Raises StartupError."""
+    try:
+        check_address(settings.executor)
+    except ValueError as error:
+        raise StartupError(f"--executor: {error}") from error
     model, tokenizer = _load_model(settings.model)
     scheduler = Scheduler(settings.policy())
     metrics = SchedulerMetrics(scheduler, model.name)

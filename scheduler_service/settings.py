@@ -27,7 +27,7 @@ class SchedulerSettings(ServiceSettings):
         30.0, gt=0, description="Seconds of waiting that weigh as much as one level of priority."
     )
     lookahead_tokens: int = Field(
-        32, ge=0, description="Tokens of KV room granted ahead of each decoding sequence."
+        128, ge=0, description="Tokens of KV room granted ahead of each decoding sequence, at most."
     )
     watermark_ratio: float = Field(
         0.01, ge=0, lt=1, description="Share of the KV blocks that admissions leave free."

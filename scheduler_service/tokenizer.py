@@ -76,7 +76,7 @@ class Tokenizer:
             raise InvalidFieldError(
                 "chat", f"the model's chat template refused it: {error}"
             ) from error
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
             raise InvalidFieldError(
                 "chat", f"the model's chat template cannot render it: {error}"
             ) from error
