@@ -15,15 +15,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from benchmarks.machine import describe_machine, machine_line
 from benchmarks.report import write_json
 from nanovllm.cli.options import positive_int
-from scheduler_service.block_manager import BlockHash, BlockManager, extend_hash, root_hash
+from scheduler_service.block_manager import BlockHash, BlockId, BlockManager, extend_hash, root_hash
 from scheduler_service.plan import FINISH_NONE, StepResult
 from scheduler_service.scheduler import ExecutorCapacity, Scheduler, SchedulerPolicy
 from scheduler_service.sequence import Sequence as Completion
 from scheduler_service.sequence import SequenceId, SlotSampling, StepId
+
+T = TypeVar("T")
 
 _RUNNING = (1, 64, 256, 1024, 4096)
 _PROMPT_LENS = (100, 400)
@@ -143,45 +146,51 @@ def _result(step_id: StepId, slots: Sequence[int], generator: random.Random) -> 
 
 def measure_blocks(num_blocks: int, repetitions: int) -> BlockCost:
     """Times operations on a thousand blocks of a pool whose other blocks are in all states."""
-    count = min(_TOUCHED_BLOCKS, num_blocks // 4)
     hashes: list[BlockHash] = [root_hash("")]
     for index in range(num_blocks // 2):
         hashes.append(extend_hash(hashes[-1], [index]))
-    costs: dict[str, list[float]] = {}
+    rounds = [_block_round(num_blocks, hashes[1:]) for _ in range(repetitions)]
+    return BlockCost(
+        num_blocks=num_blocks,
+        **{name: statistics.median(costs[name] for costs in rounds) for name in rounds[0]},
+    )
 
-    def timed(name: str, work: Callable[[], object]) -> None:
-        start_s = time.thread_time()
-        work()
-        costs.setdefault(name, []).append((time.thread_time() - start_s) / count * 1e9)
 
-    for _ in range(repetitions):
-        manager = BlockManager(num_blocks, _BLOCK_SIZE)
-        # Half of the pool is cached, a quarter owned, the rest free.
-        cached = manager.allocate(num_blocks // 2 - count)
-        for block, block_hash in zip(cached, hashes[count + 1 :], strict=True):
-            manager.register(block, block_hash)
-        manager.release(cached)
-        manager.allocate(num_blocks // 4)
+def _block_round(num_blocks: int, hashes: Sequence[BlockHash]) -> dict[str, float]:
+    """Nanoseconds of each operation on one block, by the names of BlockCost's fields."""
+    count = min(_TOUCHED_BLOCKS, num_blocks // 4)
+    chain = hashes[:count]
+    manager = BlockManager(num_blocks, _BLOCK_SIZE)
+    # Half of the pool is cached, a quarter owned, the rest free.
+    cached = manager.allocate(len(hashes) - count)
+    for block, block_hash in zip(cached, hashes[count:], strict=True):
+        manager.register(block, block_hash)
+    manager.release(cached)
+    manager.allocate(num_blocks // 4)
 
-        chain = hashes[1 : count + 1]
-        blocks = manager.allocate(0)
+    costs: dict[str, float] = {}
+    blocks = _timed(costs, "allocate_ns", count, lambda: manager.allocate(count))
+    _timed(costs, "register_ns", count, lambda: _register(manager, blocks, chain))
+    _timed(costs, "match_ns", count, lambda: manager.match_prefix(chain))
+    _timed(costs, "share_ns", count, lambda: manager.share(blocks))
+    _timed(costs, "release_ns", count, lambda: manager.release(blocks))
+    manager.allocate(manager.num_free)
+    _timed(costs, "reclaim_ns", count, lambda: manager.allocate(count))
+    return costs
 
-        def allocate() -> None:
-            blocks.extend(manager.allocate(count))
 
-        def register() -> None:
-            for block, block_hash in zip(blocks, chain, strict=True):
-                manager.register(block, block_hash)
+def _register(
+    manager: BlockManager, blocks: Sequence[BlockId], hashes: Sequence[BlockHash]
+) -> None:
+    for block, block_hash in zip(blocks, hashes, strict=True):
+        manager.register(block, block_hash)
 
-        timed("allocate_ns", allocate)
-        timed("register_ns", register)
-        timed("match_ns", lambda: manager.match_prefix(chain))
-        timed("share_ns", lambda: manager.share(blocks))
-        timed("release_ns", lambda: manager.release(blocks))
-        manager.allocate(manager.num_free)
-        timed("reclaim_ns", lambda: manager.allocate(count))
-    medians = {name: statistics.median(values) for name, values in costs.items()}
-    return BlockCost(num_blocks=num_blocks, **medians)
+
+def _timed(costs: dict[str, float], name: str, count: int, work: Callable[[], T]) -> T:
+    start_s = time.thread_time()
+    result = work()
+    costs[name] = (time.thread_time() - start_s) / count * 1e9
+    return result
 
 
 def format_costs(iterations: Sequence[IterationCost], blocks: Sequence[BlockCost]) -> str:

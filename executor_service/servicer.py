@@ -56,6 +56,7 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
             dtype=self._engine.dtype_name,
             attention_backend=self._engine.attention_backend,
             device=self._engine.device_name,
+            has_session=self._worker.has_session,
         )
 
     def Execute(  # noqa: N802

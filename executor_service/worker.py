@@ -96,6 +96,11 @@ class Worker:
         self._had_work = False
         self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
 
+    @property
+    def has_session(self) -> bool:
+        """Whether a session is open; from any thread."""
+        return self._session is not None
+
     def start(self) -> None:
         """Starts the thread."""
         self._thread.start()

@@ -45,6 +45,10 @@ class SessionEndedError(Exception):
     """The session is over; the message says why."""
 
 
+class FencedError(SessionEndedError):
+    """The executor ended the session because a newer scheduler has taken it over."""
+
+
 @dataclass(frozen=True, slots=True)
 class LinkSettings:
     """Where the executor is and how long it may be silent."""
@@ -64,6 +68,8 @@ class ExecutorLink:
         self._outbox: deque[Plan] = deque()
         self._outbox_filled = asyncio.Event()
         self._last_result_s = 0.0
+        # Taking the executor back from the scheduler that took it would never end.
+        self._is_fenced = False
 
     @property
     def address(self) -> str:
@@ -79,6 +85,7 @@ class ExecutorLink:
             try:
                 await self._run_session()
             except (SessionEndedError, grpc.aio.AioRpcError) as error:
+                self._is_fenced = self._is_fenced or isinstance(error, FencedError)
                 problem = self._describe(error)
                 had_session = self.info is not None
                 if had_session or problem != last_problem:
@@ -99,10 +106,17 @@ class ExecutorLink:
                 executor_pb2.GetExecutorInfoRequest(), timeout=_CALL_TIMEOUT_S
             )
             self._check_model(info)
+            if self._is_fenced and info.has_session:
+                raise SessionEndedError(
+                    "another scheduler has taken it over; this one waits until that one is gone"
+                )
+            self._is_fenced = False
             call = stub.Execute()
             try:
                 await self._start(call, info.epoch)
                 await self._converse(call, info)
+            except grpc.aio.AioRpcError as error:
+                raise _ended(error.code(), error.details()) from error
             finally:
                 call.cancel()
 
@@ -213,8 +227,12 @@ async def _write(call: ExecuteCall, request: executor_pb2.ExecuteRequest) -> Non
 
 
 async def _end_of(call: ExecuteCall) -> SessionEndedError:
-    code, details = await call.code(), await call.details()
-    return SessionEndedError(f"ended the session: {code.name}: {details}")
+    return _ended(await call.code(), await call.details())
+
+
+def _ended(code: grpc.StatusCode, details: str | None) -> SessionEndedError:
+    kind = FencedError if code is grpc.StatusCode.ABORTED else SessionEndedError
+    return kind(f"ended the session: {code.name}: {details}")
 
 
 @contextlib.asynccontextmanager

@@ -1,5 +1,6 @@
 """The public gRPC service: translates messages and errors, and nothing else."""
 
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
@@ -23,6 +24,8 @@ from scheduler_service.validation import (
     valid_detokenize_ids,
     validate_generate,
 )
+
+logger = logging.getLogger(__name__)
 
 _FINISH_REASONS = {
     FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
@@ -77,7 +80,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 async for delta in deltas:
                     await context.write(_response(live.request_id, delta))
         except RequestError as error:
-            await context.abort_with_status(to_status(error))
+            await _fail(context, error)
 
     async def _admit(self, request: inference_pb2.GenerateRequest) -> LiveRequest:
         spec = validate_generate(request, self._engine.model)
@@ -200,8 +203,17 @@ async def _reply(context: Context, answer: Callable[[], Awaitable[T]]) -> T:
     try:
         return await answer()
     except RequestError as error:
+        await _fail(context, error)
+        raise  # not reached unless nobody waits for the answer any more
+
+
+async def _fail(context: Context, error: RequestError) -> None:
+    """Ends a call with the status of an error."""
+    try:
         await context.abort_with_status(to_status(error))
-        raise  # not reached: abort_with_status raises
+    except grpc.aio.InternalError:
+        # The call ended by itself at this moment: its deadline passed here and there at once.
+        logger.debug("a call was over before it could be told: %s", error)
 
 
 def _response(request_id: str, delta: Delta) -> inference_pb2.GenerateResponse:

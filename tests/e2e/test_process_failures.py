@@ -1,0 +1,373 @@
+"""Processes that are killed, stopped, drained or replaced while requests run."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nanovllm import (
+    Client,
+    Completion,
+    FinishReason,
+    Health,
+    LocalServices,
+    RequestOutput,
+    SamplingParams,
+    ServerError,
+    ServiceProcess,
+    UnavailableError,
+)
+from nanovllm.outputs import OutputFolder
+from nanovllm.requests import generate_request
+from tests.e2e.support import (
+    ENV,
+    LIMIT_S,
+    Metrics,
+    Reference,
+    greedy,
+    random_prompt,
+    running_services,
+    wait_until,
+    wait_until_idle,
+    wait_until_serving,
+)
+
+STALL_TIMEOUT_S = 1.0
+MAX_NUM_SEQS = 4
+NUM_TOKENS = 400
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("logs")
+
+
+@pytest.fixture(scope="module")
+def breakable(checkpoint: Callable[[str], Path], logs: Path) -> Iterator[LocalServices]:
+    with running_services(
+        checkpoint("qwen3"),
+        logs,
+        executor=[
+            *("--num-kv-blocks", "256", "--max-num-seqs", str(MAX_NUM_SEQS)),
+            *("--max-num-batched-tokens", "64"),
+        ],
+        scheduler=["--executor-stall-timeout-s", str(STALL_TIMEOUT_S)],
+        metrics=True,
+    ) as running:
+        yield running
+
+
+@pytest.fixture
+def services(breakable: LocalServices) -> LocalServices:
+    """Services that a test may break; what the test before it broke is started again."""
+    for service in (breakable.executor, breakable.scheduler):
+        if not service.running:
+            service.restart(2 * LIMIT_S)
+    with Client(breakable.address) as client:
+        wait_until_serving(client)
+        wait_until_idle(client)
+    return breakable
+
+
+@pytest.fixture
+def client(services: LocalServices) -> Iterator[Client]:
+    with Client(services.address) as connected:
+        yield connected
+
+
+@pytest.fixture
+def threads() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(8) as pool:
+        yield pool
+
+
+class BackgroundRequest:
+    """A request that another thread reads, with a view of how far it is."""
+
+    def __init__(
+        self,
+        client: Client,
+        threads: ThreadPoolExecutor,
+        prompt: list[int],
+        params: SamplingParams,
+    ) -> None:
+        self._request = generate_request(prompt, params)
+        self._client = client
+        self._progress = threading.Condition()
+        self._num_tokens = 0
+        self._ended = False
+        self._future: Future[RequestOutput] = threads.submit(self._read)
+
+    def _read(self) -> RequestOutput:
+        folder = OutputFolder(self._request)
+        try:
+            with self._client.start(self._request, timeout_s=4 * LIMIT_S) as stream:
+                for delta in stream:
+                    folder.add(delta)
+                    with self._progress:
+                        self._num_tokens += len(delta.token_ids)
+                        self._progress.notify_all()
+        finally:
+            with self._progress:
+                self._ended = True
+                self._progress.notify_all()
+        return folder.output()
+
+    def wait_for_tokens(self, count: int) -> None:
+        with self._progress:
+            assert self._progress.wait_for(
+                lambda: self._ended or self._num_tokens >= count, LIMIT_S
+            )
+            assert not self._ended, "the request ended before the test interfered"
+
+    def completion(self) -> Completion:
+        (completion,) = self._future.result(4 * LIMIT_S).completions
+        return completion
+
+    def error(self) -> BaseException | None:
+        return self._future.exception(4 * LIMIT_S)
+
+
+def num_restarts(services: LocalServices) -> float:
+    return Metrics(services.scheduler.metrics_url)["executor_restarts_total"]
+
+
+def is_served(client: Client) -> bool:
+    try:
+        return len(client.generate("abc", greedy(4), timeout_s=LIMIT_S).token_ids) == 4
+    except ServerError:
+        return False
+
+
+class TestExecutorLoss:
+    def test_requests_resume_after_the_executor_was_killed_without_gap_or_repeat(
+        self,
+        services: LocalServices,
+        client: Client,
+        threads: ThreadPoolExecutor,
+        reference: Callable[[str], Reference],
+    ) -> None:
+        prompts = [random_prompt(20 + 30 * index, seed=100 + index) for index in range(3)]
+        seeded = replace(greedy(NUM_TOKENS, seed=7, logprobs=1), temperature=5.0)
+        undisturbed = client.generate(prompts[0], seeded)
+        before = Metrics(services.scheduler.metrics_url)
+        requests = [
+            BackgroundRequest(client, threads, prompt, greedy(NUM_TOKENS)) for prompt in prompts
+        ]
+        sampled = BackgroundRequest(client, threads, prompts[0], seeded)
+        queued = BackgroundRequest(client, threads, prompts[0], greedy(5))
+        for request in (*requests, sampled):
+            request.wait_for_tokens(20)
+        services.executor.kill()
+        assert services.executor.wait(LIMIT_S) == -signal.SIGKILL
+        wait_until(lambda: client.health() is Health.NOT_SERVING, "the loss is noticed")
+        services.executor.restart(2 * LIMIT_S)
+
+        for request, prompt in zip(requests, prompts, strict=True):
+            completion = request.completion()
+            assert completion.token_ids == reference("qwen3").greedy(prompt, NUM_TOKENS)
+            assert completion.finish_reason is FinishReason.LENGTH
+            assert completion.usage.prompt_tokens == len(prompt)
+        assert sampled.completion().token_ids == undisturbed.token_ids
+        logprobs = sampled.completion().logprobs
+        assert logprobs is not None
+        assert len(logprobs) == NUM_TOKENS
+        assert queued.completion().token_ids == reference("qwen3").greedy(prompts[0], 5)
+        after = Metrics(services.scheduler.metrics_url)
+
+        def growth(name: str) -> float:
+            return after[name] - before[name]
+
+        assert growth("executor_restarts_total") == 1
+        assert growth("recomputed_tokens_total") > 0
+        # No token was generated, or counted, twice.
+        assert growth("generation_tokens_total") == 4 * NUM_TOKENS + 5
+
+    def test_requests_survive_an_executor_that_is_shut_down_and_started_again(
+        self,
+        services: LocalServices,
+        client: Client,
+        threads: ThreadPoolExecutor,
+        reference: Callable[[str], Reference],
+    ) -> None:
+        prompt = random_prompt(40, seed=110)
+        request = BackgroundRequest(client, threads, prompt, greedy(NUM_TOKENS))
+        request.wait_for_tokens(5)
+        services.executor.terminate()
+        assert services.executor.wait(LIMIT_S) == 0
+        services.executor.restart(2 * LIMIT_S)
+        assert request.completion().token_ids == reference("qwen3").greedy(prompt, NUM_TOKENS)
+
+    def test_stalled_executor_counts_as_lost_and_requests_go_on_when_it_is_back(
+        self,
+        services: LocalServices,
+        client: Client,
+        threads: ThreadPoolExecutor,
+        reference: Callable[[str], Reference],
+    ) -> None:
+        prompt = random_prompt(40, seed=111)
+        before = num_restarts(services)
+        request = BackgroundRequest(client, threads, prompt, greedy(NUM_TOKENS))
+        request.wait_for_tokens(5)
+        os.kill(services.executor.pid, signal.SIGSTOP)
+        try:
+            wait_until(lambda: client.health() is Health.NOT_SERVING, "the stall is noticed")
+        finally:
+            os.kill(services.executor.pid, signal.SIGCONT)
+        wait_until_serving(client)
+        assert request.completion().token_ids == reference("qwen3").greedy(prompt, NUM_TOKENS)
+        assert num_restarts(services) == before + 1
+
+    def test_short_pause_of_the_executor_is_not_a_loss(
+        self, services: LocalServices, client: Client, threads: ThreadPoolExecutor
+    ) -> None:
+        before = num_restarts(services)
+        request = BackgroundRequest(client, threads, random_prompt(9), greedy(NUM_TOKENS))
+        request.wait_for_tokens(5)
+        os.kill(services.executor.pid, signal.SIGSTOP)
+        threading.Event().wait(STALL_TIMEOUT_S / 4)
+        os.kill(services.executor.pid, signal.SIGCONT)
+        assert len(request.completion().token_ids) == NUM_TOKENS
+        assert num_restarts(services) == before
+
+
+class TestSchedulerLoss:
+    def test_killed_scheduler_frees_the_executor_for_the_next_one(
+        self,
+        services: LocalServices,
+        client: Client,
+        threads: ThreadPoolExecutor,
+        reference: Callable[[str], Reference],
+    ) -> None:
+        lost = [
+            BackgroundRequest(client, threads, random_prompt(30, seed=i), greedy(3000))
+            for i in range(MAX_NUM_SEQS)
+        ]
+        for request in lost:
+            request.wait_for_tokens(1)
+        services.scheduler.kill()
+        assert services.scheduler.wait(LIMIT_S) == -signal.SIGKILL
+        assert all(isinstance(request.error(), UnavailableError) for request in lost)
+
+        def num_steps() -> float:
+            return Metrics(services.executor.metrics_url)["step_duration_seconds_count"]
+
+        def has_stopped() -> bool:
+            before = num_steps()
+            threading.Event().wait(0.05)
+            return num_steps() == before
+
+        # Nobody would read what the orphaned slots produce.
+        wait_until(has_stopped, "the executor has freed its slots")
+        services.scheduler.restart(LIMIT_S)
+        wait_until_serving(client)
+        prompts = [random_prompt(30, seed=120 + index) for index in range(MAX_NUM_SEQS)]
+        outputs = list(threads.map(lambda prompt: client.generate(prompt, greedy(20)), prompts))
+        for prompt, output in zip(prompts, outputs, strict=True):
+            assert output.token_ids == reference("qwen3").greedy(prompt, 20)
+
+    def test_newer_scheduler_fences_the_older_one(
+        self,
+        services: LocalServices,
+        logs: Path,
+        checkpoint: Callable[[str], Path],
+        tmp_path: Path,
+    ) -> None:
+        newer = ServiceProcess(
+            "scheduler_service",
+            [
+                *("--model", str(checkpoint("qwen3")), "--metrics-port", "-1"),
+                *("--executor", services.executor_address, "--listen", f"unix:{tmp_path}/2.sock"),
+            ],
+            env=ENV,
+            log_path=tmp_path / "newer.log",
+        )
+        with newer:
+            newer.wait_until_ready(LIMIT_S)
+            with Client(newer.address) as client:
+                wait_until_serving(client)
+                assert is_served(client)
+            older_log = logs / "scheduler.log"
+            for line in ("ABORTED: a newer session took over", "waits until that one is gone"):
+                wait_until(
+                    lambda line=line: line in older_log.read_text(),
+                    "the older scheduler logs that it was fenced and stays away",
+                )
+        assert services.executor.running
+        # With the newer one gone, the older one gets its executor back.
+        with Client(services.address) as client:
+            wait_until_serving(client)
+            assert is_served(client)
+
+
+class TestShutdown:
+    def test_scheduler_drains_running_requests_and_exits_zero(
+        self,
+        services: LocalServices,
+        client: Client,
+        threads: ThreadPoolExecutor,
+        reference: Callable[[str], Reference],
+    ) -> None:
+        prompt = random_prompt(40, seed=130)
+        request = BackgroundRequest(client, threads, prompt, greedy(NUM_TOKENS))
+        request.wait_for_tokens(5)
+        services.scheduler.terminate()
+        completion = request.completion()
+        assert completion.token_ids == reference("qwen3").greedy(prompt, NUM_TOKENS)
+        assert completion.finish_reason is FinishReason.LENGTH
+        assert services.scheduler.wait(LIMIT_S) == 0
+
+    def test_draining_scheduler_refuses_new_requests(
+        self, services: LocalServices, client: Client, threads: ThreadPoolExecutor
+    ) -> None:
+        request = BackgroundRequest(client, threads, random_prompt(10), greedy(NUM_TOKENS))
+        request.wait_for_tokens(5)
+        services.scheduler.terminate()
+
+        def is_refused() -> bool:
+            try:
+                client.generate("abc", greedy(1))
+            except UnavailableError:
+                return True
+            return False
+
+        wait_until(is_refused, "a new request is refused")
+        assert len(request.completion().token_ids) == NUM_TOKENS
+        assert services.scheduler.wait(LIMIT_S) == 0
+
+    def test_idle_services_exit_zero_at_once(self, services: LocalServices) -> None:
+        for service in (services.scheduler, services.executor):
+            start_s = time.monotonic()
+            service.terminate()
+            assert service.wait(LIMIT_S) == 0
+            assert time.monotonic() - start_s < 5.0
+
+    def test_interrupted_services_exit_zero(self, services: LocalServices) -> None:
+        for service in (services.scheduler, services.executor):
+            os.kill(service.pid, signal.SIGINT)
+            assert service.wait(LIMIT_S) == 0
+
+
+def test_drain_has_a_limit(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    with (
+        running_services(
+            checkpoint("qwen3"),
+            tmp_path,
+            executor=["--num-kv-blocks", "256"],
+            scheduler=["--drain-timeout-s", "0.3"],
+        ) as services,
+        Client(services.address) as client,
+        ThreadPoolExecutor(1) as threads,
+    ):
+        request = BackgroundRequest(client, threads, random_prompt(10), greedy(4000))
+        request.wait_for_tokens(5)
+        services.scheduler.terminate()
+        assert services.scheduler.wait(LIMIT_S) == 0
+        assert request.error() is not None
+        assert "Traceback" not in (tmp_path / "scheduler.log").read_text()

@@ -1,0 +1,47 @@
+"""What a session's sender sees."""
+
+from executor_service.session import EndReason, Session
+from nanovllm.v1 import executor_pb2
+
+
+def result(iteration: int) -> executor_pb2.StepResult:
+    return executor_pb2.StepResult(iteration=iteration)
+
+
+def iterations(message: executor_pb2.StepResults | None) -> list[int]:
+    assert message is not None
+    return [item.iteration for item in message.results]
+
+
+def test_results_that_piled_up_leave_in_one_message_in_order():
+    session = Session(1)
+    for iteration in range(1, 6):
+        session.put(result(iteration))
+    assert iterations(session.take()) == [1, 2, 3, 4, 5]
+
+
+def test_one_message_is_bounded():
+    session = Session(1)
+    for iteration in range(300):
+        session.put(result(iteration))
+    first, second = session.take(), session.take()
+    assert len(first.results) == 256
+    assert iterations(first) + iterations(second) == list(range(300))
+
+
+def test_results_before_the_end_are_still_taken():
+    session = Session(1)
+    session.put(result(1))
+    session.end(EndReason.FENCED, "a newer session took over")
+    session.put(result(2))
+    assert iterations(session.take()) == [1]
+    assert session.take() is None
+
+
+def test_the_first_reason_counts():
+    session = Session(1)
+    session.end(EndReason.PROTOCOL, "first")
+    session.end(EndReason.CLOSED, "second")
+    assert session.ended
+    assert (session.end_reason, session.end_message) == (EndReason.PROTOCOL, "first")
+    assert session.take() is None

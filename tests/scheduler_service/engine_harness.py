@@ -1,0 +1,141 @@
+"""The real engine with a simulated executor, stepped by hand inside `asyncio.run`."""
+
+import asyncio
+import itertools
+
+from nanovllm.v1 import inference_pb2
+from scheduler_service.completion import Delta
+from scheduler_service.engine import Engine, EngineLimits, LiveRequest
+from scheduler_service.metrics import SchedulerMetrics
+from scheduler_service.model_spec import DefaultSampling, ModelSpec
+from scheduler_service.plan import Plan, StepResult
+from scheduler_service.scheduler import ExecutorCapacity, Scheduler, SchedulerPolicy
+from scheduler_service.tokenizer import Tokenizer
+from scheduler_service.validation import TokenPrompt, validate_generate
+from tests.scheduler.simulated_executor import SimulatedExecutor
+
+MODEL = ModelSpec(
+    name="tiny",
+    architecture="Qwen3ForCausalLM",
+    vocab_size=320,
+    max_model_len=256,
+    eos_token_ids=(258,),
+    defaults=DefaultSampling(),
+    fingerprint="f" * 64,
+)
+CAPACITY = ExecutorCapacity(
+    num_blocks=64, block_size=4, max_num_seqs=8, max_num_batched_tokens=64, max_model_len=128
+)
+
+
+class EngineHarness:
+    """Must be made inside a running event loop."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        connect: bool = True,
+        max_queued_requests: int = 100,
+        executor_wait_timeout_s: float = 100.0,
+        max_executor_losses: int = 2,
+    ) -> None:
+        self.scheduler = Scheduler(SchedulerPolicy())
+        self.metrics = SchedulerMetrics(self.scheduler, MODEL.name)
+        self.engine = Engine(
+            self.scheduler,
+            MODEL,
+            tokenizer,
+            self.metrics,
+            EngineLimits(max_queued_requests, executor_wait_timeout_s, max_executor_losses),
+        )
+        self.engine.start()
+        self.plans: list[Plan] = []
+        self.executor = SimulatedExecutor(CAPACITY)
+        self._ids = itertools.count()
+        if connect:
+            self.connect()
+
+    def connect(self, capacity: ExecutorCapacity = CAPACITY) -> None:
+        """A fresh executor, as after a restart."""
+        self.executor = executor = SimulatedExecutor(capacity)
+
+        def send(plan: Plan) -> None:
+            self.plans.append(plan)
+            executor.plans.append(plan)
+
+        self.engine.on_connected(capacity, send)
+
+    def lose_executor(self) -> None:
+        self.engine.on_disconnected("the executor went away")
+
+    def submit(
+        self, prompt: list[int], *, request_id: str = "", priority: int = 0, **params
+    ) -> LiveRequest:
+        """Submits through the real validation; `params` are fields of SamplingParams."""
+        request = inference_pb2.GenerateRequest(
+            request_id=request_id or f"request-{next(self._ids)}",
+            token_ids=inference_pb2.TokenIds(ids=prompt),
+            priority=priority,
+            sampling_params=inference_pb2.SamplingParams(**params),
+        )
+        spec = validate_generate(request, MODEL)
+        assert isinstance(spec.prompt, TokenPrompt)
+        return self.engine.submit(spec, spec.prompt.token_ids)
+
+    def read(self, request: LiveRequest, deadline_s: float | None = None) -> "asyncio.Task":
+        """Collects the deltas of a request in a task of their own."""
+        return asyncio.create_task(self._collect(request, deadline_s))
+
+    async def _collect(self, request: LiveRequest, deadline_s: float | None) -> list[Delta]:
+        return [delta async for delta in self.engine.deltas(request, deadline_s)]
+
+    async def step(self) -> None:
+        """Lets everything that is ready run, then one iteration of the executor."""
+        await settle()
+        self.executor.run_iteration()
+        results = list(self.executor.results)
+        self.executor.results.clear()
+        if results:
+            self.report(results)
+        await settle()
+
+    def report(self, results: list[StepResult]) -> None:
+        self.engine.on_results(results)
+        self.scheduler.verify()
+
+    async def finish(self, *tasks: "asyncio.Task", limit: int = 1000) -> None:
+        """Steps until the tasks are done."""
+        for _ in range(limit):
+            if all(task.done() for task in tasks):
+                return
+            await self.step()
+        raise TimeoutError("the engine makes no progress")
+
+    async def check_nothing_is_left(self) -> None:
+        """After the last request nothing is remembered, here or on the executor."""
+        await settle()
+        self.executor.run_iteration()
+        self.executor.results.clear()
+        assert self.engine._requests == {}
+        assert self.engine._owners == {}
+        assert self.scheduler.num_running == 0
+        assert self.scheduler.num_waiting == 0
+        assert self.scheduler.kv_usage_ratio == 0
+        assert self.executor.num_occupied_slots == 0
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        assert not others, f"tasks left behind: {others}"
+
+
+async def settle() -> None:
+    """Runs every callback and task that is ready, and what those make ready."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+def text_of(deltas: list[Delta], index: int = 0) -> str:
+    return "".join(delta.text for delta in deltas if delta.index == index)
+
+
+def ids_of(deltas: list[Delta], index: int = 0) -> list[int]:
+    return [token for delta in deltas if delta.index == index for token in delta.token_ids]

@@ -1,0 +1,52 @@
+"""Command line and environment of the scheduler."""
+
+import pytest
+
+from nanovllm.service_settings import StartupError
+from scheduler_service.scheduler import SchedulerPolicy
+from scheduler_service.settings import SchedulerSettings
+
+
+def test_the_defaults_are_the_policy_s_own():
+    assert SchedulerSettings.from_arguments([]).policy() == SchedulerPolicy()
+
+
+def test_every_policy_setting_reaches_the_policy():
+    settings = SchedulerSettings.from_arguments(
+        [
+            *("--lookahead-tokens", "5", "--watermark-ratio", "0.2"),
+            *("--priority-aging-s", "7.5", "--max-prefill-plans-in-flight", "3"),
+            "--no-enable-prefix-caching",
+        ]
+    )
+    assert settings.policy() == SchedulerPolicy(
+        lookahead_tokens=5,
+        watermark_ratio=0.2,
+        priority_aging_s=7.5,
+        max_prefill_plans_in_flight=3,
+        enable_prefix_caching=False,
+    )
+
+
+def test_arguments_outrank_the_environment(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("NANOVLLM_SCHEDULER_EXECUTOR", "unix:/env")
+    monkeypatch.setenv("NANOVLLM_SCHEDULER_MAX_QUEUED_REQUESTS", "9")
+    settings = SchedulerSettings.from_arguments(["--executor", "unix:/argument"])
+    assert (settings.executor, settings.max_queued_requests) == ("unix:/argument", 9)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--max-queued-requests", "0"),
+        ("--watermark-ratio", "1"),
+        ("--max-executor-losses", "-1"),
+        ("--executor-stall-timeout-s", "0"),
+        ("--max-prefill-plans-in-flight", "9"),
+        ("--log-level", "loud"),
+    ],
+)
+def test_a_bad_value_is_refused_with_its_option(option: str, value: str):
+    with pytest.raises(StartupError, match=option) as caught:
+        SchedulerSettings.from_arguments([option, value])
+    assert value in str(caught.value)
