@@ -348,7 +348,7 @@ def decode_case(seqs: int, context: int, page: int, workspace: Workspace) -> Cas
                 s[4],
                 SCALE,
                 workspace,
-                config=config or launch.PAGED_DECODE,
+                config=config,
             )
         ),
         unfused=unfused if has_peer else None,

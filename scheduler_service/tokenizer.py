@@ -65,12 +65,13 @@ class Tokenizer:
         """Prompt of a conversation. Raises InvalidFieldError."""
         if not self.has_chat_template:
             raise InvalidFieldError("chat", "the model has no chat template; send text instead")
+        kwargs = _template_kwargs(template_kwargs_json)
         try:
             return self._chat_tokenizer.apply_chat_template(
                 [{"role": turn.role, "content": turn.content} for turn in turns],
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
-                **_template_kwargs(template_kwargs_json),
+                **kwargs,
             )
         except jinja2.TemplateError as error:
             raise InvalidFieldError(

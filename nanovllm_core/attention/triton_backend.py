@@ -97,11 +97,16 @@ class TritonBackend(AttentionBackend):
 
 def _decode_workspace(config: ModelConfig, device: torch.device) -> Workspace:
     """Large enough for every number of sequences: few are split many ways, many not at all."""
+    most_split = max(each.target_blocks for _, each in launch.PAGED_DECODE)
     sizes = [
         paged_decode_workspace_size(
-            num_seqs, config.num_heads, config.num_kv_heads, config.head_dim, launch.PAGED_DECODE
+            num_seqs,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            launch.choose_decode(num_seqs),
         )
-        for num_seqs in range(1, launch.PAGED_DECODE.target_blocks + 1)
+        for num_seqs in range(1, most_split + 1)
     ]
     return Workspace.allocate(
         max(values for values, _ in sizes), max(counters for _, counters in sizes), device

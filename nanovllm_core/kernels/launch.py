@@ -132,6 +132,11 @@ def launch_options(num_warps: int, num_stages: int, dependent: bool) -> dict[str
     return options
 
 
+def choose_decode(num_seqs: int) -> DecodeConfig:
+    """The entry of PAGED_DECODE that holds `num_seqs`."""
+    return next(config for max_seqs, config in PAGED_DECODE if num_seqs <= max_seqs)
+
+
 def choose(table: Table, rows: int) -> LinearConfig:
     """The first entry whose row limit holds `rows`; the last entry holds any number."""
     for max_rows, config in table:
@@ -174,8 +179,11 @@ LINEAR_RESIDUAL: Table = (
     (1 << 31, TileConfig(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3)),
 )
 
-PAGED_DECODE = DecodeConfig(
-    block_kv=64, num_warps=4, num_stages=3, target_blocks=256, max_splits=32
+# (sequences up to, configuration). Few sequences want small tiles: the context is spread over
+# many multiprocessors, and the splits do not outnumber the tiles of a short one.
+PAGED_DECODE: Sequence[tuple[int, DecodeConfig]] = (
+    (2, DecodeConfig(block_kv=32, num_warps=2, num_stages=3, target_blocks=128, max_splits=16)),
+    (1 << 31, DecodeConfig(64, num_warps=4, num_stages=3, target_blocks=256, max_splits=32)),
 )
 PAGED_PREFILL = PrefillConfig(block_m=128, block_kv=64, num_warps=8, num_stages=3)
 # One or two rows; three to MAX_LM_HEAD_ROWS.
@@ -214,13 +222,14 @@ def tile_candidates(rows: int, *, columns_per_output: int, split: bool) -> tuple
 PAGED_DECODE_CANDIDATES: tuple[DecodeConfig, ...] = tuple(
     DecodeConfig(block_kv, num_warps, num_stages, target_blocks, max_splits=target_blocks // 8)
     for block_kv, num_warps, num_stages in (
+        (16, 1, 3),
         (32, 2, 3),
         (32, 4, 5),
         (64, 4, 3),
         (64, 4, 5),
         (128, 4, 3),
     )
-    for target_blocks in (128, 256, 512, 1024)
+    for target_blocks in (64, 128, 256, 512)
 )
 PAGED_PREFILL_CANDIDATES: tuple[PrefillConfig, ...] = (
     PrefillConfig(64, 64, 4, 3),

@@ -175,7 +175,7 @@ def paged_decode_attention(
     workspace: Workspace | None = None,
     *,
     out: Tensor | None = None,
-    config: DecodeConfig = launch.PAGED_DECODE,
+    config: DecodeConfig | None = None,
     dependent: bool = False,
 ) -> Tensor:
     """Attention of one query token per sequence over its cached keys and values.
@@ -190,7 +190,7 @@ def paged_decode_attention(
         scale: factor on the scores, usually head_dim^(-1/2).
         workspace: needed where the launch splits the context, see `paged_decode_workspace_size`.
         out: [num_seqs, num_heads, head_dim] to write to; allocated when None.
-        config: launch configuration.
+        config: launch configuration; None takes `launch.PAGED_DECODE`'s.
         dependent: programmatic dependent launch, see `rms_norm_linear`.
 
     Returns:
@@ -208,6 +208,8 @@ def paged_decode_attention(
         require_shape("out", out, tuple(query.shape))
     if num_seqs == 0:
         return out
+    if config is None:
+        config = launch.choose_decode(num_seqs)
     splits = config.num_splits(num_seqs, num_kv_heads)
     block_d = triton.next_power_of_2(head_dim)
     partials = stats = counters = None
