@@ -16,7 +16,14 @@ from collections import deque
 from dataclasses import dataclass
 
 from scheduler_service.block_manager import BlockHash, BlockId, BlockManager
-from scheduler_service.plan import FINISH_LENGTH, FINISH_STOP_TOKEN, Admit, Plan, StepResult
+from scheduler_service.plan import (
+    FINISH_LENGTH,
+    FINISH_NONE,
+    FINISH_STOP_TOKEN,
+    Admit,
+    Plan,
+    StepResult,
+)
 from scheduler_service.sequence import (
     FinishReason,
     Sequence,
@@ -376,6 +383,8 @@ class Scheduler:
             seq = self._slots.get(SlotId(slot))
             if seq is None or result.applied_step_id < seq.admit_step_id:
                 continue
+            if flag != FINISH_NONE and flag not in _FINISH_REASONS:
+                raise ExecutorProtocolError(f"slot {slot} has the unknown finish flag {flag}")
             if seq.status is not SequenceStatus.DECODING or seq.num_tokens >= seq.max_total_tokens:
                 raise ExecutorProtocolError(f"slot {slot} cannot have produced a token")
             seq.token_ids.append(token_id)
@@ -385,8 +394,8 @@ class Scheduler:
                     raise ExecutorProtocolError(f"slot {slot} came without log-probabilities")
                 seq.logprobs.append(logprobs)
             self._register_full_blocks(seq, seq.num_tokens - 1, self.blocks)
-            if flag:
-                self.finish(seq, _FINISH_REASONS.get(flag, FinishReason.ERROR))
+            if flag != FINISH_NONE:
+                self.finish(seq, _FINISH_REASONS[flag])
             progressed.append(seq)
         return progressed, num_tokens
 

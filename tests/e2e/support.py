@@ -23,8 +23,6 @@ from nanovllm import Client, Health, LocalServices, SamplingParams, ServerStatus
 LIMIT_S = 30.0
 #: Rows of the tiny checkpoints' output matrix.
 VOCAB_SIZE = 320
-#: Tiny models are slower with more threads; several executors share two cores.
-ENV = {"OMP_NUM_THREADS": "1"}
 CPU = ("--device", "cpu", "--dtype", "float32")
 
 
@@ -65,7 +63,6 @@ def running_services(
     executor: Sequence[str] = (),
     scheduler: Sequence[str] = (),
     metrics: bool = False,
-    env: dict[str, str] = ENV,
 ) -> Iterator[LocalServices]:
     """Both services for a model, connected to each other; float32 unless `executor` differs.
 
@@ -76,7 +73,6 @@ def running_services(
         executor_args=[*CPU, *executor],
         scheduler_args=scheduler,
         metrics=metrics,
-        env=env,
         log_dir=log_dir,
         startup_timeout_s=120.0,
     )

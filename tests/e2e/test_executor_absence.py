@@ -12,7 +12,6 @@ from nanovllm.v1 import inference_pb2_grpc as pb_grpc
 from tests.checkpoints import make_checkpoint
 from tests.e2e.support import (
     CPU,
-    ENV,
     LIMIT_S,
     CallError,
     Reference,
@@ -31,7 +30,6 @@ def executor(model: Path, address: str, logs: Path) -> ServiceProcess:
             *("--model", str(model), "--listen", address, "--metrics-port", "-1", *CPU),
             *("--num-kv-blocks", "64"),
         ],
-        env=ENV,
         log_path=logs / "executor.log",
     )
 
@@ -44,7 +42,6 @@ def scheduler(model: Path, executor_address: str, logs: Path) -> ServiceProcess:
             *("--listen", f"unix:{logs}/scheduler.sock", "--metrics-port", "-1"),
             *("--executor-wait-timeout-s", str(WAIT_TIMEOUT_S)),
         ],
-        env=ENV,
         log_path=logs / "scheduler.log",
     )
 
@@ -119,7 +116,7 @@ def test_request_that_waits_for_the_executor_is_served_when_it_comes_in_time(
     arguments = ["--executor-wait-timeout-s", str(4 * LIMIT_S)]
     patient = scheduler(model, address, tmp_path)
     patient = ServiceProcess(
-        patient.module, [*patient.arguments, *arguments], env=ENV, log_path=tmp_path / "log"
+        patient.module, [*patient.arguments, *arguments], log_path=tmp_path / "log"
     )
     with patient, executor(model, address, tmp_path):
         patient.wait_until_ready(LIMIT_S)

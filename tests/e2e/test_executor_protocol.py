@@ -14,7 +14,7 @@ from nanovllm import ServiceProcess
 from nanovllm.v1 import executor_pb2 as pb
 from nanovllm.v1 import executor_pb2_grpc as pb_grpc
 from nanovllm.wire import pack_int32, unpack_int32
-from tests.e2e.support import CPU, ENV, LIMIT_S, VOCAB_SIZE, Reference, random_prompt
+from tests.e2e.support import CPU, LIMIT_S, VOCAB_SIZE, Reference, random_prompt
 
 BLOCK_SIZE, NUM_BLOCKS, MAX_NUM_SEQS, MAX_BATCHED, MAX_MODEL_LEN = 8, 32, 4, 48, 128
 GOES_ON, STOP_TOKEN, LENGTH = range(3)
@@ -34,7 +34,6 @@ def executor(
             *("--num-kv-blocks", str(NUM_BLOCKS), "--block-size", str(BLOCK_SIZE)),
             *("--max-num-seqs", str(MAX_NUM_SEQS), "--max-num-batched-tokens", str(MAX_BATCHED)),
         ],
-        env=ENV,
         log_path=folder / "log",
     )
     with process:

@@ -132,6 +132,19 @@ EXECUTOR_METRICS = (
 )
 
 
+def settled_metrics(url: str | None) -> Metrics:
+    """The executor's page when nothing runs; an iteration is counted after its result is sent."""
+    readings = [Metrics(url)]
+
+    def is_settled() -> bool:
+        readings.append(Metrics(url))
+        before, after = (page["step_duration_seconds_count"] for page in readings[-2:])
+        return before == after
+
+    wait_until(is_settled, "the executor is idle")
+    return readings[-1]
+
+
 class TestMetrics:
     def test_documented_names_are_served(self, services: LocalServices) -> None:
         scheduler = Metrics(services.scheduler.metrics_url)
@@ -196,9 +209,9 @@ class TestMetrics:
             assert 0 < busy["kv_cache_usage_ratio"] < 1
 
     def test_executor_accounts_for_its_time(self, client: Client, services: LocalServices) -> None:
-        before = Metrics(services.executor.metrics_url)
+        before = settled_metrics(services.executor.metrics_url)
         client.generate(random_prompt(150, seed=151), greedy(300))
-        after = Metrics(services.executor.metrics_url)
+        after = settled_metrics(services.executor.metrics_url)
 
         def growth(name: str, **labels: str) -> float:
             return after.value(name, **labels) - before.value(name, **labels)

@@ -1,7 +1,6 @@
 """The offline API and the command line tool over real services."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +13,6 @@ from safetensors.torch import load_file
 from nanovllm import LLM, Client, FinishReason, LocalServices, SamplingParams
 from nanovllm.requests import Prompt
 from tests.e2e.support import (
-    ENV,
     LIMIT_S,
     Reference,
     greedy,
@@ -27,11 +25,7 @@ from tests.e2e.support import (
 
 @pytest.fixture(scope="module")
 def llm(checkpoint: Callable[[str], Path]) -> Iterator[LLM]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ENV.items():
-            patch.setenv(name, value)
-        model = LLM(str(checkpoint("llama")), device="cpu", dtype="float32", num_kv_blocks=256)
-    with model:
+    with LLM(str(checkpoint("llama")), device="cpu", dtype="float32", num_kv_blocks=256) as model:
         yield model
 
 
@@ -88,7 +82,6 @@ class TestOfflineApi:
 def command(*arguments: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [sys.executable, "-m", "nanovllm", *arguments],
-        env={**os.environ, **ENV},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

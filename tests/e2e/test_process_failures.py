@@ -26,7 +26,6 @@ from nanovllm import (
 from nanovllm.outputs import OutputFolder
 from nanovllm.requests import generate_request
 from tests.e2e.support import (
-    ENV,
     LIMIT_S,
     Metrics,
     Reference,
@@ -285,7 +284,6 @@ class TestSchedulerLoss:
                 *("--model", str(checkpoint("qwen3")), "--metrics-port", "-1"),
                 *("--executor", services.executor_address, "--listen", f"unix:{tmp_path}/2.sock"),
             ],
-            env=ENV,
             log_path=tmp_path / "newer.log",
         )
         with newer:
@@ -294,11 +292,14 @@ class TestSchedulerLoss:
                 wait_until_serving(client)
                 assert is_served(client)
             older_log = logs / "scheduler.log"
-            for line in ("ABORTED: a newer session took over", "waits until that one is gone"):
-                wait_until(
-                    lambda line=line: line in older_log.read_text(),
-                    "the older scheduler logs that it was fenced and stays away",
-                )
+            wait_until(
+                lambda: "ABORTED: a newer session took over" in older_log.read_text(),
+                "the older scheduler logs that it was fenced",
+            )
+            wait_until(
+                lambda: "waits until that one is gone" in older_log.read_text(),
+                "the older scheduler stays away",
+            )
         assert services.executor.running
         # With the newer one gone, the older one gets its executor back.
         with Client(services.address) as client:

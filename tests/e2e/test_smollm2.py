@@ -21,8 +21,6 @@ TEXTS = (
     "def fibonacci(n):\n    ",
     "Once upon a time, in a village by the sea, there lived",
 )
-#: All cores: this model is large enough.
-ENV: dict[str, str] = {}
 NUM_TOKENS = 20
 
 
@@ -47,7 +45,6 @@ def client(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cl
             tmp_path_factory.mktemp("logs"),
             # A small budget, so that prompts come in chunks.
             executor=["--max-num-seqs", "8", "--max-num-batched-tokens", "32"],
-            env=ENV,
         ) as services,
         Client(services.address) as connected,
     ):
@@ -93,7 +90,7 @@ def test_bfloat16_log_probabilities_are_as_exact_as_those_of_transformers(
 ) -> None:
     with (
         running_services(
-            model, tmp_path, executor=["--dtype", "bfloat16", "--max-num-seqs", "4"], env=ENV
+            model, tmp_path, executor=["--dtype", "bfloat16", "--max-num-seqs", "4"]
         ) as services,
         Client(services.address) as client,
     ):

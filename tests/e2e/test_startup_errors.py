@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import executor_service.__main__
 import scheduler_service.__main__
-from tests.e2e.support import ENV, LIMIT_S
+from tests.e2e.support import LIMIT_S
 
 EXECUTOR, SCHEDULER = "executor_service", "scheduler_service"
 BOTH = pytest.mark.parametrize("module", [EXECUTOR, SCHEDULER])
@@ -44,7 +44,7 @@ class Service:
         """Runs a process."""
         result = subprocess.run(
             [sys.executable, "-m", module, *start_arguments(model, arguments)],
-            env={**os.environ, **ENV, **env},
+            env={**os.environ, **env},
             capture_output=True,
             text=True,
             timeout=2 * LIMIT_S,
