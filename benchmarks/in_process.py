@@ -134,6 +134,18 @@ class InProcessEngine:
         return num_finished
 
 
+def load_engine(options: argparse.Namespace) -> tuple[Engine, SchedulerPolicy]:
+    """What --model, --executor-arg and --scheduler-arg ask for.
+
+    Raises:
+        ModelNotFoundError: There is no such model.
+        StartupError: It cannot run with these arguments.
+    """
+    executor = ExecutorSettings.from_arguments(["--model", options.model, *options.executor_arg])
+    scheduler = SchedulerSettings.from_arguments(["--model", options.model, *options.scheduler_arg])
+    return create_engine(resolve_model(options.model), executor), scheduler.policy()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -170,12 +182,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measure(options: argparse.Namespace) -> tuple[Engine, list[Result]]:
-    executor = ExecutorSettings.from_arguments(["--model", options.model, *options.executor_arg])
-    scheduler = SchedulerSettings.from_arguments(["--model", options.model, *options.scheduler_arg])
-    engine = create_engine(resolve_model(options.model), executor)
+    engine, policy = load_engine(options)
     limits = engine.limits
     results = []
-    with InProcessEngine(engine, scheduler.policy(), options.model) as in_process:
+    with InProcessEngine(engine, policy, options.model) as in_process:
         for workload in workloads(options, limits.vocab_size, limits.max_model_len):
             if not options.no_warm_up:
                 in_process.run(workload, f"{workload.name} warm-up")

@@ -4,8 +4,9 @@ Choices depend on host-known shapes only, so that a captured CUDA graph always r
 was captured with. `*_CANDIDATES` are what `python -m benchmarks.kernels --sweep` tries; the tables
 hold what is used.
 
-Entries up to 64 rows won `benchmarks.kernels --sweep` on an H100 (torch 2.11, Triton 3.6); the
-others were derived by counting:
+On an H100 with torch 2.11 and Triton 3.6, entries for 1 and 8 rows won `benchmarks.tune_decode`,
+which times whole decode steps, and those for 16 to 64 rows `benchmarks.kernels --sweep`, which
+times single kernels. The others were derived by counting:
 
 - A 132-multiprocessor H100 needs about 16 KiB of loads in flight on each (3 TB/s times 600 ns of
   latency, by Little's law), better twice that; a block of a FMA kernel issues all its weight loads
@@ -147,7 +148,6 @@ def choose(table: Table, rows: int) -> LinearConfig:
 
 # (rows up to, configuration)
 RMS_NORM_LINEAR: Table = (
-    (1, GemvConfig(block_n=1, num_warps=1)),
     (MAX_GEMV_ROWS, GemvConfig(block_n=4, num_warps=1)),
     (16, TileConfig(block_m=16, block_n=32, block_k=128, num_warps=4, num_stages=4)),
     (32, TileConfig(block_m=32, block_n=32, block_k=128, num_warps=4, num_stages=4)),
@@ -158,9 +158,8 @@ RMS_NORM_LINEAR: Table = (
 
 # block_n counts output columns; each needs a gate row and an up row of the weight.
 SILU_MUL_LINEAR: Table = (
-    (1, GemvConfig(block_n=1, num_warps=1)),
-    (2, GemvConfig(block_n=4, num_warps=1)),
-    (4, GemvConfig(block_n=2, num_warps=1)),
+    (1, GemvConfig(block_n=8, num_warps=8)),
+    (MAX_GEMV_ROWS, GemvConfig(block_n=2, num_warps=1)),
     (16, TileConfig(block_m=16, block_n=32, block_k=128, num_warps=4, num_stages=3)),
     (32, TileConfig(block_m=32, block_n=32, block_k=128, num_warps=4, num_stages=3)),
     (64, TileConfig(block_m=64, block_n=32, block_k=128, num_warps=4, num_stages=3)),
@@ -171,6 +170,7 @@ SILU_MUL_LINEAR: Table = (
 # N is the hidden size, so tiles are few: the FMA kernel takes few rows of the weight per block and
 # the tensor-core kernel splits K.
 LINEAR_RESIDUAL: Table = (
+    (1, GemvConfig(block_n=8, num_warps=4)),
     (2, GemvConfig(block_n=4, num_warps=4)),
     (16, TileConfig(block_m=16, block_n=32, block_k=128, num_warps=4, num_stages=6, split_k=4)),
     (32, TileConfig(block_m=32, block_n=16, block_k=256, num_warps=4, num_stages=3, split_k=4)),
@@ -182,7 +182,8 @@ LINEAR_RESIDUAL: Table = (
 # (sequences up to, configuration). Few sequences want small tiles: the context is spread over
 # many multiprocessors, and the splits do not outnumber the tiles of a short one.
 PAGED_DECODE: Sequence[tuple[int, DecodeConfig]] = (
-    (2, DecodeConfig(block_kv=32, num_warps=2, num_stages=3, target_blocks=128, max_splits=16)),
+    (2, DecodeConfig(block_kv=16, num_warps=1, num_stages=3, target_blocks=256, max_splits=32)),
+    (16, DecodeConfig(block_kv=16, num_warps=1, num_stages=3, target_blocks=512, max_splits=64)),
     (1 << 31, DecodeConfig(64, num_warps=4, num_stages=3, target_blocks=256, max_splits=32)),
 )
 PAGED_PREFILL = PrefillConfig(block_m=128, block_kv=64, num_warps=8, num_stages=3)

@@ -10,12 +10,13 @@ from transformers import AutoModelForCausalLM
 
 from nanovllm import Client, LocalServices
 from tests.checkpoints import CHAT_TEMPLATE, make_checkpoint
-from tests.e2e.support import Reference, running_services, wait_until_idle
-
-#: Long enough that a request which nobody ends runs for many seconds.
-MAX_MODEL_LEN = 4096
-#: Slots of the shared services.
-MAX_NUM_SEQS = 8
+from tests.e2e.support import (
+    MAX_MODEL_LEN,
+    MAX_NUM_SEQS,
+    Reference,
+    running_services,
+    wait_until_idle,
+)
 
 
 @pytest.fixture(scope="session")

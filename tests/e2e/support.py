@@ -23,6 +23,10 @@ from nanovllm import Client, Health, LocalServices, SamplingParams, ServerStatus
 LIMIT_S = 30.0
 #: Rows of the tiny checkpoints' output matrix.
 VOCAB_SIZE = 320
+#: Their length; a request that nobody ends runs for many seconds.
+MAX_MODEL_LEN = 4096
+#: Slots of the services that most tests share.
+MAX_NUM_SEQS = 8
 CPU = ("--device", "cpu", "--dtype", "float32")
 
 

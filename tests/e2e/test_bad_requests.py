@@ -10,8 +10,7 @@ import pytest
 from nanovllm import Client, LocalServices
 from nanovllm.v1 import inference_pb2 as pb
 from nanovllm.v1 import inference_pb2_grpc as pb_grpc
-from tests.e2e.conftest import MAX_MODEL_LEN
-from tests.e2e.support import VOCAB_SIZE, CallError, greedy
+from tests.e2e.support import MAX_MODEL_LEN, VOCAB_SIZE, CallError, greedy
 
 NAN, INF = float("nan"), float("inf")
 ChangeRequest = Callable[[pb.GenerateRequest], object]

@@ -15,8 +15,14 @@ from nanovllm import (
     InvalidRequestError,
     RequestCancelledError,
 )
-from tests.e2e.conftest import MAX_MODEL_LEN, MAX_NUM_SEQS
-from tests.e2e.support import greedy, random_prompt, wait_until, wait_until_idle
+from tests.e2e.support import (
+    MAX_MODEL_LEN,
+    MAX_NUM_SEQS,
+    greedy,
+    random_prompt,
+    wait_until,
+    wait_until_idle,
+)
 
 #: Freeing everything is a matter of one iteration; the rest is for slow machines.
 PROMPT_LIMIT_S = 5.0

@@ -13,8 +13,15 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 
 from nanovllm import Client, LocalServices, SamplingParams
 from nanovllm.model_store import fingerprint
-from tests.e2e.conftest import MAX_MODEL_LEN, MAX_NUM_SEQS
-from tests.e2e.support import VOCAB_SIZE, Metrics, greedy, random_prompt, wait_until
+from tests.e2e.support import (
+    MAX_MODEL_LEN,
+    MAX_NUM_SEQS,
+    VOCAB_SIZE,
+    Metrics,
+    greedy,
+    random_prompt,
+    wait_until,
+)
 
 HEALTH = "grpc.health.v1.Health"
 

@@ -3,8 +3,7 @@
 import pytest
 
 from nanovllm import Client, FinishReason, RequestOutput, SamplingParams
-from tests.e2e.conftest import MAX_MODEL_LEN
-from tests.e2e.support import greedy
+from tests.e2e.support import MAX_MODEL_LEN, greedy
 
 EOS = 258
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

@@ -34,7 +34,7 @@ class Oracle:
 
     model: Any
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def logits(self, prompt: list[int], token_ids: list[int]) -> Tensor:
         """The logits that each of `token_ids` was chosen from, given all tokens before it.
 
@@ -45,7 +45,7 @@ class Oracle:
         logits: Tensor = self.model(known).logits[0, len(prompt) - 1 :]
         return logits.float()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def next_logits(self, sequences: list[list[int]]) -> Tensor:
         """What follows sequences of one length: [len(sequences), vocab_size] float32."""
         known = torch.tensor(sequences, device=self.model.device)
