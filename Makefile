@@ -11,7 +11,7 @@ MODEL ?= smollm2-135m-instruct
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu lint format protos bench clean
+.PHONY: help demo test test-gpu lint format protos bench profile clean
 
 help: ## List the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | expand -t 14
@@ -49,6 +49,9 @@ protos: $(DEV) ## Generate the stubs nanovllm/v1 from protos/
 
 bench: $(DEV) ## Measure throughput on this machine (MODEL=, ARGS= for the script)
 	$(BIN)/python benchmarks/throughput.py --model '$(MODEL)' $(ARGS)
+
+profile: ## Profile the executor's decode iterations with the python on the PATH (MODEL=, ARGS=)
+	$(PYTHON) -m benchmarks.profile_executor --model '$(MODEL)' $(ARGS)
 
 clean: ## Remove the environment and generated files
 	rm -rf $(VENV) nanovllm/v1 build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -16,7 +16,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,10 @@ from nanovllm.services import LocalServices
 
 _DTYPES = ("float32", "bfloat16")
 _CLOCK_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+_HEAD = (
+    f"{'dtype':<10}{'streams':>8}{'ours':>22}{'transformers':>22}{'ratio':>7}{'idle':>7}\n"
+    "median (least-most) output tok/s; idle: cores that our services used meanwhile"
+)
 # A prompt of the padded batch is at least this share of the longest one.
 _SHORTEST_PROMPT = 0.75
 
@@ -103,18 +107,16 @@ def make_workload(num_streams: int, input_len: int, output_len: int, seed: int) 
     return Workload(f"streams{num_streams}", requests, temperature=0.0)
 
 
-def compare(options: argparse.Namespace, dtype: str) -> list[Comparison]:
-    """Measures one data type."""
+def compare(options: argparse.Namespace, dtype: str) -> Iterator[Comparison]:
+    """Measures one data type, one number of streams after the other."""
     theirs = TransformersSide(resolve_model(options.model), dtype)
     with LocalServices(
         options.model,
         executor_args=["--device=cpu", f"--dtype={dtype}", f"--num-threads={options.threads}"],
         listen="tcp",
     ) as services:
-        return [
-            _compare_streams(options, dtype, num_streams, theirs, services)
-            for num_streams in options.streams
-        ]
+        for num_streams in options.streams:
+            yield _compare_streams(options, dtype, num_streams, theirs, services)
 
 
 def _compare_streams(
@@ -167,16 +169,12 @@ def _cpu_time_s(pid: int | None) -> float:
     return (int(fields[11]) + int(fields[12])) / _CLOCK_TICKS_PER_S
 
 
-def format_comparisons(comparisons: Sequence[Comparison]) -> str:
-    """The comparisons as a table, in output tokens per second."""
-    lines = [f"{'dtype':<10}{'streams':>8}{'ours':>20}{'transformers':>22}{'ratio':>7}{'idle':>7}"]
-    for item in comparisons:
-        lines.append(
-            f"{item.dtype:<10}{item.num_streams:>8}{_spread(item.ours):>20}"
-            f"{_spread(item.transformers):>22}{item.ratio:>7.2f}{item.idle_services_cpu:>7.1%}"
-        )
-    lines.append("median (least to most) output tok/s; idle: cores used by our services meanwhile")
-    return "\n".join(lines)
+def format_row(item: Comparison) -> str:
+    """A row below `_HEAD`."""
+    return (
+        f"{item.dtype:<10}{item.num_streams:>8}{_spread(item.ours):>22}"
+        f"{_spread(item.transformers):>22}{item.ratio:>7.2f}{item.idle_services_cpu:>7.1%}"
+    )
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -207,15 +205,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.streams = options.streams or [1, 8]
     torch.set_num_threads(options.threads)
     machine = describe_machine()
-    comparisons = [
-        comparison for dtype in options.dtype or _DTYPES for comparison in compare(options, dtype)
-    ]
     print(
         f"{options.model}, {options.input_len} tokens in, {options.output_len} out, "
         f"{options.threads} threads"
     )
     print(machine_line(machine))
-    print(format_comparisons(comparisons))
+    print(_HEAD, flush=True)
+    comparisons = []
+    for dtype in options.dtype or _DTYPES:
+        for comparison in compare(options, dtype):
+            print(format_row(comparison), flush=True)
+            comparisons.append(comparison)
     if options.json is not None:
         parameters = vars(options) | {"json": str(options.json)}
         write_json(

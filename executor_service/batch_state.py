@@ -5,6 +5,8 @@ and write only these tensors, so that one can follow the other without data from
 the worker thread only.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -42,6 +44,23 @@ _INTS = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class RowValues:
+    """Copies of the parameters of some slots, made at one moment."""
+
+    # [len(_FLOATS), rows] and [len(_INTS), rows]: a parameter's values are contiguous.
+    _floats: Tensor
+    _ints: Tensor
+
+    def floats(self, name: str) -> Tensor:
+        """A float32 parameter, [rows]."""
+        return self._floats[_FLOATS.index(name)]
+
+    def ints(self, name: str) -> Tensor:
+        """An int64 parameter, [rows]."""
+        return self._ints[_INTS.index(name)]
+
+
 class BatchState:
     """Slot state; all tensors have max_num_seqs + 1 rows."""
 
@@ -76,6 +95,10 @@ class BatchState:
     def ints(self, name: str) -> Tensor:
         """An int64 parameter of every slot, [rows]."""
         return self._ints[:, _INTS.index(name)]
+
+    def gather(self, rows: Tensor) -> RowValues:
+        """All parameters of `rows`, [n] int64: two gathers cost less than one per parameter."""
+        return RowValues(self._floats[rows].t().contiguous(), self._ints[rows].t().contiguous())
 
     def admit(self, orders: list[AdmitOrder]) -> None:
         """Fills slots, all with a few copies: on a GPU each costs more than what it carries."""

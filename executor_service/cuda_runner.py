@@ -34,6 +34,7 @@ class _GpuStep:
     # [2, rows] int32 on the host: tokens and finish flags; more rows than slots are padding.
     results: Tensor
     logprobs: "_HostLogprobs | None"
+    from_graph: bool
     start: torch.cuda.Event
     end: torch.cuda.Event
     timeline: _Timeline
@@ -52,6 +53,7 @@ class _GpuStep:
             logprobs=self.logprobs.per_slot() if self.logprobs is not None else [],
             busy_s=self.start.elapsed_time(self.end) * 1e-3,
             idle_s=idle_s,
+            from_graph=self.from_graph,
         )
 
 
@@ -97,7 +99,6 @@ class CudaRunner:
         self._vocab_size = state.limits.vocab_size
         self._graphs: DecodeGraphs | None = None
         self._timeline = _Timeline()
-        self.num_graph_replays = 0
         if use_graphs:
             self._graphs = DecodeGraphs(model, cache, attention, state)
             self._graphs.capture()
@@ -108,10 +109,10 @@ class CudaRunner:
         start = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True)
         owners = [slots[slot] for slot in decode_slots]
-        logprobs = None
+        logprobs, from_graph = None, False
         start.record()
         if self._graphs is not None and not chunks and all(map(self._fits_graph, owners)):
-            self.num_graph_replays += 1
+            from_graph = True
             sampled_slots = decode_slots
             kind = sampling_kind((owner.sampling for owner in owners), self._vocab_size)
             results = self._graphs.replay(decode_slots, kind)
@@ -123,7 +124,7 @@ class CudaRunner:
         host = torch.empty(results.shape, dtype=torch.int32, pin_memory=True)
         host.copy_(results, non_blocking=True)
         end.record()
-        return _GpuStep(sampled_slots, host, logprobs, start, end, self._timeline)
+        return _GpuStep(sampled_slots, host, logprobs, from_graph, start, end, self._timeline)
 
     @staticmethod
     def _fits_graph(owner: HostSlot) -> bool:

@@ -168,13 +168,7 @@ class DecodeGraphs:
             logits_rows=slot_ids,
         )
         self._attention.prepare(batch, self._cache)
-        hidden = self._model.run_layers(
-            inputs.hidden,
-            inputs.positions,
-            inputs.slot_mapping,
-            self._cache,
-            lambda layer, query: self._attention.attend(layer, query, self._cache, batch),
-        )
+        hidden = self._model.run_layers(inputs.hidden, batch, self._cache, self._attention)
         token_ids = self._sample(hidden, inputs, kind)
         append_tokens(slot_ids, token_ids, inputs.context_lens, self._slots, self.results(size))
 

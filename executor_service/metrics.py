@@ -39,6 +39,9 @@ class ExecutorMetrics:
             ["model_name"],
             registry=self.registry,
         ).labels(model_name)
+        self._graph_replays = self._counter(
+            "cuda_graph_replays", "Iterations that were one replay of a CUDA graph."
+        )
         self._sessions = self._counter("sessions", "Sessions that schedulers opened.")
 
     def set_kv_blocks(self, count: int) -> None:
@@ -49,10 +52,12 @@ class ExecutorMetrics:
         """Counts an opened session."""
         self._sessions.inc()
 
-    def record_step(self, *, kind: str, busy_s: float, idle_s: float) -> None:
+    def record_step(self, *, kind: str, busy_s: float, idle_s: float, from_graph: bool) -> None:
         """Records one iteration."""
         self._busy.inc(busy_s)
         self._idle.inc(idle_s)
+        if from_graph:
+            self._graph_replays.inc()
         self._step_duration.labels(self._model_name, kind).observe(busy_s)
 
     def _counter(self, name: str, documentation: str) -> Counter:

@@ -19,6 +19,7 @@ from executor_service.batch_state import (
     FINISH_NOT_RUN,
     FINISH_STOP_TOKEN,
     BatchState,
+    RowValues,
 )
 from executor_service.runner import SlotLogprobs, StepOutput
 from executor_service.slots import Chunk, SlotTable
@@ -112,36 +113,41 @@ class ModelRunner:
         completed = [chunk.slot for chunk in chunks if chunk.completes]
         sampled_slots = completed + decode_slots
         decode_rows = self._index(decode_slots)
-        runs = self._runs(decode_rows)
-        batch = self._gather(chunks, decode_rows, runs, decode_slots, slots)
+        decode_values = self._state.gather(decode_rows)
+        runs = _runs(decode_values)
+        batch = self._gather(
+            chunks, decode_rows, decode_values.ints("num_computed"), runs, decode_slots, slots
+        )
         hidden = self._model(batch, self._cache, self._attention)
         if chunks:
             self._advance_chunks(chunks)
         if not sampled_slots:
             return DeviceStep([], None, self._index([]))
-        rows = self._index(sampled_slots)
-        logits = self._model.logits(hidden[batch.logits_rows])
-        sampled = sample(logits, self._sampling_batch(rows, sampled_slots, slots))
-        all_run = torch.cat([runs.new_ones(len(completed)), runs])
-        flags = self._append(rows, sampled.token_ids, all_run, num_completed=len(completed))
+        rows, values = decode_rows, decode_values
+        if chunks:
+            hidden = hidden[batch.logits_rows]
+        if completed:
+            rows = self._index(sampled_slots)
+            values = self._state.gather(rows)
+            runs = torch.cat([runs.new_ones(len(completed)), runs])
+        sampling = self._sampling_batch(rows, values, sampled_slots, slots)
+        sampled = sample(self._model.logits(hidden), sampling)
+        flags = self._append(
+            rows, values, sampling, sampled.token_ids, runs, num_completed=len(completed)
+        )
         return DeviceStep(sampled_slots, sampled, flags)
-
-    def _runs(self, rows: Tensor) -> Tensor:
-        """Which decode rows really decode, [rows] bool: neither finished nor out of blocks."""
-        has_room = self._state.ints("num_computed")[rows] < self._state.ints("capacity")[rows]
-        return (self._state.ints("active")[rows] > 0) & has_room
 
     def _gather(
         self,
         chunks: list[Chunk],
         decode_rows: Tensor,
+        decode_positions: Tensor,
         runs: Tensor,
         decode_slots: list[int],
         slots: SlotTable,
     ) -> ForwardBatch:
         """Collects the iteration's tokens: prefill chunks first, one token per decoding slot."""
         state = self._state
-        decode_positions = state.ints("num_computed")[decode_rows]
         token_rows, positions = decode_rows, decode_positions
         context_lens = torch.where(runs, decode_positions + 1, 0)
         seq_rows = decode_rows
@@ -176,9 +182,11 @@ class ModelRunner:
         )
 
     def _logits_rows(self, chunks: list[Chunk], num_decode: int) -> Tensor:
+        if not chunks:
+            return torch.arange(num_decode, device=self._state.device)
         ends = np.cumsum([chunk.num_tokens for chunk in chunks], dtype=np.int64)
         last = [end - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.completes]
-        first_decode = int(ends[-1]) if chunks else 0
+        first_decode = int(ends[-1])
         decode = np.arange(first_decode, first_decode + num_decode)
         return self._to_device(np.concatenate([np.asarray(last, dtype=np.int64), decode]))
 
@@ -188,30 +196,38 @@ class ModelRunner:
         self._state.ints("num_computed")[rows] = ends
 
     def _append(
-        self, rows: Tensor, token_ids: Tensor, runs: Tensor, *, num_completed: int
+        self,
+        rows: Tensor,
+        values: RowValues,
+        sampling: SamplingBatch,
+        token_ids: Tensor,
+        runs: Tensor,
+        *,
+        num_completed: int,
     ) -> Tensor:
         """Appends the tokens of the rows that run; returns finish flags, [rows]. On the device."""
         state = self._state
-        num_tokens, num_computed = state.ints("num_tokens"), state.ints("num_computed")
-        new_index = num_tokens[rows]
+        new_index = values.ints("num_tokens")
         kept = state.token_ids[rows, new_index]
         state.token_ids[rows, new_index] = torch.where(runs, token_ids, kept)
         new_length = new_index + runs
-        num_tokens[rows] = new_length
+        state.ints("num_tokens")[rows] = new_length
         # A completed prefill has computed its last known token with its chunk.
         decode_rows = rows[num_completed:]
-        num_computed[decode_rows] = num_computed[decode_rows] + runs[num_completed:]
-        is_stop = (state.stop_token_ids[rows] == token_ids[:, None]).any(dim=1)
-        is_full = new_length >= state.ints("max_total_tokens")[rows]
+        computed = values.ints("num_computed")[num_completed:] + runs[num_completed:]
+        state.ints("num_computed")[decode_rows] = computed
+        is_stop = (sampling.stop_token_ids == token_ids[:, None]).any(dim=1)
+        is_full = new_length >= values.ints("max_total_tokens")
         flags = torch.where(
             is_stop, FINISH_STOP_TOKEN, torch.where(is_full, FINISH_LENGTH, FINISH_NONE)
         )
-        active = state.ints("active")
-        active[rows] = torch.where(runs, flags == FINISH_NONE, active[rows] > 0).to(torch.int64)
+        was_active = values.ints("active") > 0
+        is_active = torch.where(runs, flags == FINISH_NONE, was_active)
+        state.ints("active")[rows] = is_active.to(torch.int64)
         return torch.where(runs, flags, FINISH_NOT_RUN)
 
     def _sampling_batch(
-        self, rows: Tensor, sampled_slots: list[int], slots: SlotTable
+        self, rows: Tensor, values: RowValues, sampled_slots: list[int], slots: SlotTable
     ) -> SamplingBatch:
         state = self._state
         owners = [slots[slot] for slot in sampled_slots]
@@ -220,30 +236,32 @@ class ModelRunner:
         vocab_size = state.limits.vocab_size
         any_penalty = any(s.has_penalty for s in samplings)
         longest = max(owner.num_tokens for owner in owners)
-        num_tokens = state.ints("num_tokens")[rows]
+        # What only some requests need is only read for them; copying it is not free.
+        history_len = longest if any_penalty else 1
+        num_biases = max(len(s.bias_token_ids) for s in samplings)
+        num_tokens = values.ints("num_tokens")
         truncating = [s for s in random if s.top_p < 1 or 0 < s.top_k < vocab_size]
         return SamplingBatch(
-            temperature=state.floats("temperature")[rows],
-            top_p=state.floats("top_p")[rows],
-            min_p=state.floats("min_p")[rows],
-            top_k=state.ints("top_k")[rows].to(torch.int32),
-            seeds=state.ints("seed")[rows],
+            temperature=values.floats("temperature"),
+            top_p=values.floats("top_p"),
+            min_p=values.floats("min_p"),
+            top_k=values.ints("top_k").to(torch.int32),
+            seeds=values.ints("seed"),
             positions=num_tokens,
-            presence_penalty=state.floats("presence_penalty")[rows],
-            frequency_penalty=state.floats("frequency_penalty")[rows],
-            repetition_penalty=state.floats("repetition_penalty")[rows],
-            # The history is only read for penalties; copying it is not free.
-            token_ids=state.token_ids[rows, : longest if any_penalty else 1],
-            num_prompt_tokens=state.ints("num_prompt_tokens")[rows],
+            presence_penalty=values.floats("presence_penalty"),
+            frequency_penalty=values.floats("frequency_penalty"),
+            repetition_penalty=values.floats("repetition_penalty"),
+            token_ids=state.token_ids[rows, :history_len],
+            num_prompt_tokens=values.ints("num_prompt_tokens"),
             num_tokens=num_tokens,
-            bias_token_ids=state.bias_token_ids[rows],
-            bias_values=state.bias_values[rows],
+            bias_token_ids=state.bias_token_ids[rows, :num_biases],
+            bias_values=state.bias_values[rows, :num_biases],
             stop_token_ids=state.stop_token_ids[rows],
-            min_total_tokens=state.ints("min_total_tokens")[rows],
+            min_total_tokens=values.ints("min_total_tokens"),
             any_random=bool(random),
             any_filter=bool(truncating) or any(s.min_p > 0 for s in random),
             any_penalty=any_penalty,
-            any_bias=any(len(s.bias_token_ids) > 0 for s in samplings),
+            any_bias=num_biases > 0,
             any_min_tokens=any(owner.num_tokens < owner.min_total_tokens for owner in owners),
             max_logprobs=max(s.num_logprobs for s in samplings),
             max_top_k=max((s.top_k for s in truncating), default=0)
@@ -256,6 +274,12 @@ class ModelRunner:
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self._state.device, non_blocking=True)
+
+
+def _runs(values: RowValues) -> Tensor:
+    """Which decode rows really decode, [rows] bool: neither finished nor out of blocks."""
+    has_room = values.ints("num_computed") < values.ints("capacity")
+    return (values.ints("active") > 0) & has_room
 
 
 def _logprobs(step: DeviceStep, slots: SlotTable) -> list[SlotLogprobs]:

@@ -28,6 +28,8 @@ class StepOutput:
     # Time that the device worked, and that it had been idle since the iteration before, in seconds.
     busy_s: float
     idle_s: float
+    # Whether the iteration was one replay of a CUDA graph.
+    from_graph: bool = False
 
 
 class PendingStep(Protocol):

@@ -1,20 +1,20 @@
 """The model on a GPU, made of fused kernels.
 
 `CausalLM` defines the computation; this class runs it with the weights of a loaded one. Few rows
-(decode) are bound by the weights' bytes and by launches, so a layer is six kernels that read their
+(decode) are bound by the weights' bytes and by launches, so a layer is five kernels that read their
 weights while the kernel before them finishes. Many rows (prefill) are bound by arithmetic and go
 through cuBLAS, with fused kernels between the products.
 """
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from nanovllm_core.attention import AttentionBackend
+from nanovllm_core.attention.triton_backend import TritonBackend
 from nanovllm_core.batch import ForwardBatch
 from nanovllm_core.kernels.add_rms_norm import add_rms_norm, rms_norm
+from nanovllm_core.kernels.device import supports_dependent_launch
 from nanovllm_core.kernels.launch import MAX_LM_HEAD_ROWS
 from nanovllm_core.kernels.linear_residual import linear_residual, linear_residual_workspace_size
 from nanovllm_core.kernels.lm_head_sample import lm_head_sample
@@ -31,9 +31,6 @@ MAX_FUSED_ROWS = 64
 # The same for QKV with its norm, which cuBLAS does well: 9.4 us fused against 8.6 at 16 rows of
 # Qwen3-0.6B on an H100, 8.3 against 8.5 at 8 (`benchmarks.kernels`).
 MAX_FUSED_QKV_ROWS = 8
-
-# query [rows, num_heads, head_dim] of a layer to the attention's output of the same shape
-Attend = Callable[[int, Tensor], Tensor]
 
 
 class FusedModel:
@@ -55,10 +52,7 @@ class FusedModel:
                 linear.weight.data.copy_(fold_norm_weight(linear.weight, norm.weight))
         # The weights are in the matrices; what is left of those norms is the scaling.
         self._ones = torch.ones(self.config.hidden_size, dtype=dtype, device=device)
-        self._dependent = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (
-            9,
-            0,
-        )
+        self._dependent = supports_dependent_launch(device)
         # Biases behind attention and in the MLP have no place in the fused kernels.
         has_biases = self.config.o_bias or self.config.mlp_bias
         self._max_fused_rows = 0 if has_biases else MAX_FUSED_ROWS
@@ -75,40 +69,27 @@ class FusedModel:
         """Like `CausalLM.forward`: [num_tokens, hidden_size] after the final norm."""
         attention.prepare(batch, cache)
         hidden = F.embedding(batch.token_ids, self.embedding)
-        return self.final_norm(
-            self.run_layers(
-                hidden,
-                batch.positions,
-                batch.slot_mapping,
-                cache,
-                lambda layer, query: attention.attend(layer, query, cache, batch),
-            )
-        )
+        return self.final_norm(self.run_layers(hidden, batch, cache, attention))
 
     __call__ = forward
 
     def run_layers(
-        self,
-        hidden: Tensor,
-        positions: Tensor,
-        slot_mapping: Tensor,
-        cache: KVCache,
-        attend: Attend,
+        self, hidden: Tensor, batch: ForwardBatch, cache: KVCache, attention: AttentionBackend
     ) -> Tensor:
         """Runs all layers over embedded tokens and writes their KV to the cache.
 
         Args:
-            hidden: [rows, hidden_size], overwritten.
-            positions, slot_mapping: [rows] int64.
+            hidden: [num_tokens, hidden_size], overwritten.
+            batch: what `attention` was prepared for; its token ids are not read.
             cache: the pool.
-            attend: the attention over it.
+            attention: the backend.
 
         Returns:
-            [rows, hidden_size], before the final norm.
+            [num_tokens, hidden_size], before the final norm.
         """
         if hidden.shape[0] <= self._max_fused_rows:
-            return self._run_few_rows(hidden, positions, slot_mapping, cache, attend)
-        return self._run_many_rows(hidden, positions, slot_mapping, cache, attend)
+            return self._run_few_rows(hidden, batch, cache, attention)
+        return self._run_many_rows(hidden, batch, cache, attention)
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """[rows, hidden_size] to the same."""
@@ -144,21 +125,19 @@ class FusedModel:
         )
 
     def _run_few_rows(
-        self,
-        hidden: Tensor,
-        positions: Tensor,
-        slot_mapping: Tensor,
-        cache: KVCache,
-        attend: Attend,
+        self, hidden: Tensor, batch: ForwardBatch, cache: KVCache, attention: AttentionBackend
     ) -> Tensor:
-        rows, dependent = hidden.shape[0], self._dependent
+        dependent = self._dependent
         for index, layer in enumerate(self._layers):
-            attention, mlp = layer.attention, layer.mlp
+            mlp = layer.mlp
             qkv = self._project_qkv(hidden, layer)
-            query = self._rotate(index, layer, qkv, positions, slot_mapping, cache, dependent)
-            attended = attend(index, query).view(rows, -1)
+            attended = self._attend(index, layer, qkv, batch, cache, attention)
             linear_residual(
-                attended, attention.output.weight, hidden, self._workspace, dependent=dependent
+                attended,
+                layer.attention.output.weight,
+                hidden,
+                self._workspace,
+                dependent=dependent,
             )
             gated = silu_mul_linear(hidden, mlp.gate_up.weight, eps=self._eps, dependent=dependent)
             linear_residual(gated, mlp.down.weight, hidden, self._workspace, dependent=dependent)
@@ -173,48 +152,47 @@ class FusedModel:
         return qkv(rms_norm(hidden, self._ones, self._eps, dependent=dependent))
 
     def _run_many_rows(
-        self,
-        hidden: Tensor,
-        positions: Tensor,
-        slot_mapping: Tensor,
-        cache: KVCache,
-        attend: Attend,
+        self, hidden: Tensor, batch: ForwardBatch, cache: KVCache, attention: AttentionBackend
     ) -> Tensor:
-        rows = hidden.shape[0]
         # What the block before has yet to add to the residual stream.
         delta = torch.zeros_like(hidden)
         for index, layer in enumerate(self._layers):
             normed = add_rms_norm(delta, hidden, self._ones, self._eps)
             qkv = layer.attention.qkv(normed)
-            query = self._rotate(index, layer, qkv, positions, slot_mapping, cache, False)
-            delta = layer.attention.output(attend(index, query).view(rows, -1))
+            delta = layer.attention.output(self._attend(index, layer, qkv, batch, cache, attention))
             normed = add_rms_norm(delta, hidden, self._ones, self._eps)
             delta = layer.mlp.down(silu_and_mul(layer.mlp.gate_up(normed)))
         return hidden.add_(delta)
 
-    def _rotate(
+    def _attend(
         self,
         index: int,
         layer: DecoderLayer,
         qkv: Tensor,
-        positions: Tensor,
-        slot_mapping: Tensor,
+        batch: ForwardBatch,
         cache: KVCache,
-        dependent: bool,
+        attention: AttentionBackend,
     ) -> Tensor:
-        """QK norm, rotation and cache write; returns the queries."""
-        attention, rotary = layer.attention, self._model.rotary
-        return qk_norm_rope_cache(
+        """QK norm, rotation, cache write and attention: [rows, num_heads * head_dim]."""
+        module, rotary = layer.attention, self._model.rotary
+        norm_weights: tuple[Tensor | None, Tensor | None] = (None, None)
+        if module.qk_norm:
+            norm_weights = (module.query_norm.weight, module.key_norm.weight)
+        rotation = (rotary.cos, rotary.sin)
+        if not batch.prefill_lens and isinstance(attention, TritonBackend):
+            attended = attention.decode_qkv(index, qkv, norm_weights, rotation, cache, batch)
+            if attended is not None:
+                return attended.flatten(1)
+        query = qk_norm_rope_cache(
             qkv,
-            attention.query_norm.weight if attention.qk_norm else None,
-            attention.key_norm.weight if attention.qk_norm else None,
+            *norm_weights,
             self._eps,
-            rotary.cos,
-            rotary.sin,
-            positions,
-            slot_mapping,
+            *rotation,
+            batch.positions,
+            batch.slot_mapping,
             cache.key[index],
             cache.value[index],
             self.config.num_heads,
-            dependent=dependent,
+            dependent=self._dependent,
         )
+        return attention.attend(index, query, cache, batch).flatten(1)

@@ -3,9 +3,15 @@
 # Triton writes compile-time parameters in capitals.
 # ruff: noqa: N803
 
+import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+def supports_dependent_launch(device: torch.device) -> bool:
+    """Whether kernels may start while the one before them finishes (compute capability 9.0)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 @triton.jit

@@ -102,7 +102,7 @@ class TestDistribution:
             {"temperature": 2.0, "top_k": 4},
             {"temperature": 2.0, "top_p": 0.6},
             {"temperature": 2.0, "min_p": 0.2},
-            {"temperature": 3.0, "top_k": 12, "top_p": 0.8, "min_p": 0.05},
+            {"temperature": 3.0, "top_k": 12, "top_p": 0.8, "min_p": 0.3},
         ],
         ids=lambda fields: "-".join(fields),
     )
