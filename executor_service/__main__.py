@@ -2,7 +2,6 @@
 
 import sys
 
-from executor_service.server import serve
 from executor_service.settings import ExecutorSettings
 from nanovllm.service_settings import StartupError, start_logging
 
@@ -12,6 +11,9 @@ def main() -> int:
     try:
         settings = ExecutorSettings.from_arguments(sys.argv[1:])
         start_logging(settings.log_level)
+        # Brings torch, which takes seconds; --help and a bad setting need not wait for it.
+        from executor_service.server import serve
+
         return serve(settings)
     except StartupError as error:
         print(f"executor_service: {error}", file=sys.stderr)

@@ -226,13 +226,13 @@ class Worker:
         result.applied_step_id = launched.applied_step_id
         result.gpu_time_us = _microseconds(output.busy_s)
         result.idle_time_us = _microseconds(idle_s)
-        launched.session.put(result)
         self._metrics.record_step(
             kind=launched.kind,
             busy_s=output.busy_s,
             idle_s=idle_s,
             from_graph=output.from_graph,
         )
+        launched.session.put(result)
         self._had_work = bool(self._plans or self._launched or self._slots.runnable())
 
     def _end_session(self, reason: EndReason, message: str) -> None:

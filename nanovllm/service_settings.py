@@ -1,6 +1,7 @@
 """What both services have in common at start-up: settings, listening, logging, the ready line."""
 
 import logging
+import socket
 import sys
 from typing import Literal, Self
 
@@ -79,6 +80,8 @@ def bind(server: grpc.Server | grpc.aio.Server, address: str) -> str:
         host, separator, port = address.rpartition(":")
         if not separator or not host or not port.isdecimal() or int(port) > 65535:
             raise StartupError(f"--listen {address!r} is no HOST:PORT and no unix:/path")
+    elif _is_served(address.removeprefix("unix:")):
+        raise StartupError(f"cannot listen on {address}: it is in use; choose another --listen")
     try:
         bound_port = server.add_insecure_port(address)
     except RuntimeError as error:
@@ -86,6 +89,16 @@ def bind(server: grpc.Server | grpc.aio.Server, address: str) -> str:
             f"cannot listen on {address}: it is in use or not allowed; choose another --listen"
         ) from error
     return address if address.startswith("unix:") else f"{host}:{bound_port}"
+
+
+def _is_served(path: str) -> bool:
+    """Whether a process accepts connections on a unix socket. gRPC would just take it away."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except OSError:
+            return False
+    return True
 
 
 def serve_metrics(registry: CollectorRegistry, host: str, port: int) -> None:

@@ -401,7 +401,7 @@ class Engine:
         self._metrics.generation_tokens.inc(count)
         seq = completion.seq
         if completion.first_token_s is None:
-            completion.first_token_s = now_s
+            completion.first_token_s = completion.last_token_s = now_s
             self._metrics.time_to_first_token.observe(now_s - seq.arrival_s)
             self._metrics.prompt_tokens.inc(seq.num_prompt_tokens)
             count -= 1

@@ -162,6 +162,18 @@ class TestAddresses:
         assert f"cannot listen on {address}" in line
 
     @BOTH
+    def test_served_socket_is_not_taken_away(
+        self, service: Service, module: str, model: Path, tmp_path: Path
+    ) -> None:
+        address = f"unix:{tmp_path}/service.sock"
+        with socket.socket(socket.AF_UNIX) as owner:
+            owner.bind(address.removeprefix("unix:"))
+            owner.listen()
+            assert f"cannot listen on {address}" in service.error(
+                module, model, "--listen", address
+            )
+
+    @BOTH
     def test_taken_metrics_port_is_named(
         self, service: Service, module: str, model: Path, taken_port: int
     ) -> None:
