@@ -9,6 +9,8 @@ PROTOS := $(wildcard protos/nanovllm/v1/*.proto) protos/generate.py
 PROMPT ?= What is the capital of France? Answer in one sentence.
 MODEL ?= smollm2-135m-instruct
 ARGS ?=
+# Read by the shell rather than pasted into its commands, so that quotes in them do no harm.
+export PROMPT MODEL
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-gpu lint format protos bench profile clean
@@ -26,7 +28,7 @@ $(DEV): $(BASE)
 	touch $@
 
 demo: $(BASE) ## Start both services on this machine and stream an answer (PROMPT=, MODEL=)
-	$(BIN)/nanovllm demo --model '$(MODEL)' --prompt '$(PROMPT)'
+	$(BIN)/nanovllm demo --model "$$MODEL" --prompt "$$PROMPT"
 
 test: $(DEV) ## Run the test suite on the CPU (ARGS= for pytest)
 	$(BIN)/python -m pytest -m 'not gpu' $(ARGS)
@@ -48,10 +50,10 @@ protos: $(DEV) ## Generate the stubs nanovllm/v1 from protos/
 	$(BIN)/python protos/generate.py
 
 bench: $(DEV) ## Measure throughput on this machine (MODEL=, ARGS= for the script)
-	$(BIN)/python benchmarks/throughput.py --model '$(MODEL)' $(ARGS)
+	$(BIN)/python benchmarks/throughput.py --model "$$MODEL" $(ARGS)
 
 profile: ## Profile the executor's decode iterations with the python on the PATH (MODEL=, ARGS=)
-	$(PYTHON) -m benchmarks.profile_executor --model '$(MODEL)' $(ARGS)
+	$(PYTHON) -m benchmarks.profile_executor --model "$$MODEL" $(ARGS)
 
 clean: ## Remove the environment and generated files
 	rm -rf $(VENV) nanovllm/v1 build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -18,6 +18,8 @@ def main() -> int:
     except StartupError as error:
         print(f"executor_service: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

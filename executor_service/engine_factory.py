@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +60,11 @@ def create_engine(directory: Path, settings: ExecutorSettings) -> Engine:
         raise StartupError(f"--model {settings.model}: {error}") from error
     except BackendError as error:
         raise StartupError(f"--attention-backend: {error}") from error
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise StartupError(
+            f"model and KV cache do not fit into memory ({str(error).splitlines()[0]}); lower "
+            "--num-kv-blocks, --max-num-seqs or --kv-memory-fraction"
+        ) from error
 
 
 def _create_engine(directory: Path, settings: ExecutorSettings) -> Engine:
@@ -85,6 +91,8 @@ def _create_engine(directory: Path, settings: ExecutorSettings) -> Engine:
     block_size = settings.block_size or (
         _GPU_BLOCK_SIZE if device.type == "cuda" else _CPU_BLOCK_SIZE
     )
+    if attention.name != "torch" and (block_size < 16 or block_size & (block_size - 1)):
+        raise StartupError(f"--block-size {block_size}: a GPU needs a power of two from 16")
     loaded = _load_with_progress(directory, config, dtype, device)
     model = loaded if attention.name == "torch" else _fuse(loaded)
     if device.type == "cuda":
@@ -219,18 +227,26 @@ def _fit_blocks(
 ) -> int:
     """Number of KV blocks that fit into memory, at most what all slots can use."""
     block_bytes = KVCache.bytes_per_block(config, block_size, dtype)
+    blocks_per_seq = -(-max_model_len // block_size)
     if device.type == "cuda":
         free_bytes, total_bytes = torch.cuda.mem_get_info(device)
         budget = free_bytes - int(total_bytes * (1 - settings.kv_memory_fraction)) - _GRAPH_BYTES
+        remedy = "lower --max-model-len, raise --kv-memory-fraction, or set --num-kv-blocks"
     else:
-        budget = _CPU_KV_BYTES
-    blocks_per_seq = -(-max_model_len // block_size)
+        # Pages that are never written cost nothing, so one long sequence may have its room.
+        half_of_memory = _memory_bytes() // 2
+        one_sequence = (blocks_per_seq + 1) * block_bytes
+        budget = min(max(_CPU_KV_BYTES, one_sequence), half_of_memory)
+        remedy = "lower --max-model-len or set --num-kv-blocks"
     # One block stays free: the cache has a further one that padding writes to.
     num_blocks = min(budget // block_bytes - 1, settings.max_num_seqs * blocks_per_seq)
     if num_blocks < blocks_per_seq:
         raise StartupError(
             f"the KV cache gets {max(budget, 0) / 2**30:.2f} GiB, which holds no sequence of "
-            f"{max_model_len} tokens ({blocks_per_seq * block_bytes / 2**30:.2f} GiB); lower "
-            "--max-model-len, raise --kv-memory-fraction, or set --num-kv-blocks"
+            f"{max_model_len} tokens ({blocks_per_seq * block_bytes / 2**30:.2f} GiB); {remedy}"
         )
     return num_blocks
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -31,6 +31,8 @@ _HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 # One stream is the rule; a fenced one, health checks and reflection come on top.
 _NUM_GRPC_THREADS = 16
 _STOP_GRACE_S = 2.0
+# Longer than any iteration takes; a device that hangs does not keep the process alive.
+_WORKER_STOP_S = 20.0
 # Exit code after a device error: the supervisor is to start a new process.
 EXIT_DEVICE_FAILED = 3
 
@@ -84,6 +86,8 @@ def serve(settings: ExecutorSettings) -> int:
     stop.wait()
     health_servicer.enter_graceful_shutdown()
     # Ends the session, so that its stream closes by itself with a reason.
-    worker.stop()
+    if not worker.stop(_WORKER_STOP_S):
+        logger.error("an iteration did not end within %g s", _WORKER_STOP_S)
+        exit_code = EXIT_DEVICE_FAILED
     server.stop(_STOP_GRACE_S).wait()
     return exit_code

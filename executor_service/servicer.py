@@ -17,6 +17,8 @@ from nanovllm.v1 import executor_pb2, executor_pb2_grpc
 
 logger = logging.getLogger(__name__)
 
+# How long a stream may stay open without StartSession.
+_FIRST_MESSAGE_S = 10.0
 _END_CODES = {
     EndReason.FENCED: grpc.StatusCode.ABORTED,
     EndReason.PROTOCOL: grpc.StatusCode.INVALID_ARGUMENT,
@@ -85,7 +87,13 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
         request_iterator: Iterator[executor_pb2.ExecuteRequest],
         context: grpc.ServicerContext,
     ) -> Session:
-        first = next(request_iterator, None)
+        # A silent stream would hold one of few threads for ever.
+        limit = threading.Timer(_FIRST_MESSAGE_S, context.cancel)
+        limit.start()
+        try:
+            first = next(request_iterator, None)
+        finally:
+            limit.cancel()
         if first is None or first.WhichOneof("message") != "start_session":
             raise _refuse(
                 context, grpc.StatusCode.INVALID_ARGUMENT, "the first message must be StartSession"

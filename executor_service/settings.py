@@ -32,7 +32,10 @@ class ExecutorSettings(ServiceSettings):
         None, ge=1, le=1024, description="Tokens per KV block; default: the backend's choice."
     )
     num_kv_blocks: int | None = Field(
-        None, ge=1, description="KV blocks; default: as many as kv_memory_fraction allows."
+        None,
+        ge=1,
+        description="KV blocks; default: on a GPU as many as kv_memory_fraction allows, on a CPU "
+        "1 GiB of them.",
     )
     kv_memory_fraction: float = Field(
         0.9, gt=0, le=1, description="Share of a GPU's memory for weights and KV cache together."

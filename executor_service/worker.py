@@ -94,6 +94,9 @@ class Worker:
         self._launched: deque[_Launched] = deque()
         # Whether there was work for the device when the last iteration was launched or collected.
         self._had_work = False
+        # Plans were applied that left nothing to run. The scheduler is told that they arrived, once
+        # the iterations launched before them are reported.
+        self._owes_report = False
         self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
 
     @property
@@ -105,31 +108,42 @@ class Worker:
         """Starts the thread."""
         self._thread.start()
 
-    def stop(self) -> None:
-        """Ends the thread after the iteration under way."""
+    def stop(self, timeout_s: float | None = None) -> bool:
+        """Ends the thread after the iteration under way; returns whether it ended in time."""
         self._commands.put(Stop())
-        self._thread.join()
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
     def submit(self, command: Command) -> None:
         """Queues a command; from any thread."""
         self._commands.put(command)
 
     def _run(self) -> None:
-        while True:
-            has_work = bool(self._plans or self._launched or self._slots.runnable())
-            if not self._take_commands(wait=not has_work):
-                break
-            try:
-                self._turn()
-            except PlanError as error:
-                logger.warning("session %x: %s", self._session_id(), error)
-                self._end_session(EndReason.PROTOCOL, str(error))
-            except Exception as error:
-                logger.exception("an iteration failed")
-                # First, because a broken device makes the clean-up fail as well.
-                self._on_fatal()
-                self._end_session(EndReason.FAILED, f"an iteration failed: {type(error).__name__}")
-        self._end_session(EndReason.SHUTDOWN, "the executor is shutting down")
+        try:
+            while self._work():
+                pass
+            self._end_session(EndReason.SHUTDOWN, "the executor is shutting down")
+        except Exception:
+            # The device is beyond repair; without this thread the process must not look alive.
+            logger.exception("the worker failed")
+            self._on_fatal()
+
+    def _work(self) -> bool:
+        """Takes commands and has one turn; returns False when the thread is to end."""
+        has_work = bool(self._plans or self._launched or self._slots.runnable())
+        if not self._take_commands(wait=not has_work):
+            return False
+        try:
+            self._turn()
+        except PlanError as error:
+            logger.warning("session %x: %s", self._session_id(), error)
+            self._end_session(EndReason.PROTOCOL, str(error))
+        except Exception as error:
+            logger.exception("an iteration failed")
+            # First, because a broken device makes the clean-up fail as well.
+            self._on_fatal()
+            self._end_session(EndReason.FAILED, f"an iteration failed: {type(error).__name__}")
+        return True
 
     def _take_commands(self, *, wait: bool) -> bool:
         """Takes every queued command; returns False when the thread is to end."""
@@ -161,17 +175,18 @@ class Worker:
             chunks = self._apply(self._plans.popleft())
             applied = True
         decode_slots = self._slots.runnable()
-        if chunks or decode_slots:
-            self._launch(chunks, decode_slots)
-        elif applied and self._session is not None:
-            # Nothing to run, but the scheduler may want to know that the plan arrived.
-            self._session.put(executor_pb2.StepResult(applied_step_id=self._slots.applied_step_id))
         idle = not (chunks or decode_slots)
+        if not idle:
+            self._launch(chunks, decode_slots)
+        self._owes_report = idle and (applied or self._owes_report)
         if self._launched and (idle or len(self._launched) > self._runner.pipeline_depth):
             self._collect()
         elif idle:
             # A plan took the work away, so the device may rest.
             self._had_work = False
+        if self._owes_report and not self._launched and self._session is not None:
+            self._session.put(executor_pb2.StepResult(applied_step_id=self._slots.applied_step_id))
+            self._owes_report = False
 
     def _apply(self, queued: QueuedPlan) -> list[Chunk]:
         plan = queued.plan
@@ -246,6 +261,7 @@ class Worker:
         self._slots.clear()
         self._state.clear()
         self._plans.clear()
+        self._owes_report = False
         self._had_work = False
 
     def _session_id(self) -> int:

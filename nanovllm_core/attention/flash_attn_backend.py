@@ -18,6 +18,9 @@ from nanovllm_core.config import ModelConfig
 from nanovllm_core.kv_cache import KVCache
 
 _PAGE_MULTIPLE = 256
+# Contexts of one iteration that are gathered at most, in tokens: 134 MB of Qwen3-0.6B's keys and
+# values. Many chunks on long cached prefixes go to the own kernel, which reads the cache in place.
+_MAX_GATHERED_TOKENS = 32_768
 # Below this many sequences the own kernel splits the context more finely and is faster.
 _MIN_DECODE_SEQS = 16
 
@@ -37,7 +40,8 @@ class FlashAttnBackend(TritonBackend):
     def prepare(self, batch: ForwardBatch, cache: KVCache) -> None:
         """Lists the cache slots of every chunk's context."""
         super().prepare(batch, cache)
-        if not batch.prefill_lens:
+        self._context_slots = None
+        if not batch.prefill_lens or sum(batch.prefill_context_lens) > _MAX_GATHERED_TOKENS:
             return
         size = cache.block_size
         starts, slots = [0], []
@@ -50,26 +54,13 @@ class FlashAttnBackend(TritonBackend):
         self._key_start = torch.tensor(starts, dtype=torch.int32, device=self.device)
         self._max_context_len = max(batch.prefill_context_lens)
 
-    def decode_qkv(
-        self,
-        layer: int,
-        qkv: Tensor,
-        norm_weights: tuple[Tensor | None, Tensor | None],
-        rotation: tuple[Tensor, Tensor],
-        cache: KVCache,
-        batch: ForwardBatch,
-    ) -> Tensor | None:
-        """See the base class; None where flash-attn decodes."""
-        if self._decodes(cache, qkv.shape[0]):
-            return None
-        return super().decode_qkv(layer, qkv, norm_weights, rotation, cache, batch)
-
     def prefill(
         self, layer: int, query: Tensor, cache: KVCache, batch: ForwardBatch, out: Tensor
     ) -> None:
         """See the base class."""
         if self._context_slots is None:
-            raise RuntimeError("attend was called before prepare")
+            super().prefill(layer, query, cache, batch, out)
+            return
         key = cache.key[layer].flatten(0, 1).index_select(0, self._context_slots)
         value = cache.value[layer].flatten(0, 1).index_select(0, self._context_slots)
         out.copy_(
@@ -90,7 +81,7 @@ class FlashAttnBackend(TritonBackend):
         self, layer: int, query: Tensor, cache: KVCache, block_tables: Tensor, context_lens: Tensor
     ) -> Tensor:
         """See the base class."""
-        if not self._decodes(cache, query.shape[0]):
+        if cache.block_size % _PAGE_MULTIPLE or query.shape[0] < _MIN_DECODE_SEQS:
             return super().decode(layer, query, cache, block_tables, context_lens)
         return flash_attn_with_kvcache(
             query.unsqueeze(1),
@@ -101,7 +92,3 @@ class FlashAttnBackend(TritonBackend):
             softmax_scale=self.scale,
             causal=True,
         ).squeeze(1)
-
-    @staticmethod
-    def _decodes(cache: KVCache, num_seqs: int) -> bool:
-        return cache.block_size % _PAGE_MULTIPLE == 0 and num_seqs >= _MIN_DECODE_SEQS

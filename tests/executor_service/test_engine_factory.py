@@ -72,9 +72,23 @@ def test_the_cpu_cache_is_bounded_by_its_budget(checkpoint: Path, monkeypatch: p
 def test_a_cache_that_holds_no_sequence_is_refused_with_its_size(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("executor_service.engine_factory._CPU_KV_BYTES", 1)
+    monkeypatch.setattr("executor_service.engine_factory._memory_bytes", lambda: 2)
     with pytest.raises(StartupError, match="lower --max-model-len"):
         create_engine(checkpoint, settings(checkpoint))
+
+
+def test_one_long_sequence_may_take_more_than_the_cpu_budget(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("executor_service.engine_factory._CPU_KV_BYTES", 1)
+    engine = create_engine(checkpoint, settings(checkpoint))
+    assert engine.limits.num_blocks == engine.limits.max_blocks_per_seq
+
+
+def test_a_cache_beyond_all_memory_is_refused_in_one_line(checkpoint: Path):
+    with pytest.raises(StartupError, match="do not fit into memory") as error:
+        create_engine(checkpoint, settings(checkpoint, "--num-kv-blocks", "1000000000"))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -479,3 +479,28 @@ def test_iterations_are_counted_by_kind(make):
     name = "nanovllm_step_duration_seconds_count"
     assert [bench.metric(name, kind=kind) for kind in ("prefill", "mixed", "decode")] == [1, 1, 1]
     assert bench.metric("nanovllm_plan_queue_delay_seconds_count") == 2
+
+
+def test_a_plan_that_leaves_nothing_to_run_is_reported_after_what_was_launched_before(make):
+    bench = make(pipeline_depth=2, permits=threading.Semaphore(2))
+    client = bench.client()
+    client.plan(admits=[admit(0, [1], list(range(20)))], chunks=[(0, 1)])
+    # Two iterations are launched and none is collected when the release takes the work away.
+    bench.runner.wait_for_launches(3)
+    client.plan(releases=[0])
+    bench.runner.permits.release(1)
+    results = client.take(4)
+    assert [result.iteration for result in results] == [1, 2, 3, 0]
+    assert [result.applied_step_id for result in results] == [1, 1, 1, 2]
+
+
+def test_a_failure_outside_an_iteration_is_fatal_too(make, monkeypatch):
+    bench = make()
+
+    def fail() -> None:
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(bench.state, "clear", fail)
+    bench.worker.submit(OpenSession(Session(1)))
+    assert bench.fatal.wait(LIMIT_S)
+    assert bench.worker.stop(LIMIT_S)
