@@ -215,10 +215,13 @@ class Scheduler:
         """Keeps every decoding sequence ahead of the executor; preempts where memory is short."""
         grants: dict[SlotId, list[BlockId]] = {}
         lookahead_tokens = self._lookahead_tokens(blocks)
+        block_size = blocks.block_size
         for seq in list(self._decoding.values()):
             if seq.slot is None:
                 continue  # preempted below, for a sequence before it
-            wanted = self._blocks_missing(seq, lookahead_tokens, blocks)
+            # `_blocks_missing`, written out: nearly all sequences leave here, in every plan.
+            room = min(len(seq.token_ids) + lookahead_tokens, seq.max_total_tokens - 1)
+            wanted = -(-room // block_size) - len(seq.block_table)
             if wanted <= 0:
                 continue
             if blocks.num_available - wanted < self._watermark(blocks):
@@ -324,7 +327,8 @@ class Scheduler:
                 num_cached_tokens=seq.num_planned_tokens,
                 num_prompt_tokens=seq.num_prompt_tokens,
                 max_total_tokens=seq.max_total_tokens,
-                min_total_tokens=seq.min_total_tokens,
+                # Beyond the limit it would say no more, and might not fit the wire's int32.
+                min_total_tokens=min(seq.min_total_tokens, seq.max_total_tokens),
                 stop_token_ids=seq.stop_token_ids,
                 sampling=seq.sampling,
             )
@@ -375,17 +379,23 @@ class Scheduler:
             # The last token of a completed prefill is counted with its chunk already.
             num_tokens = max(num_tokens, self._prefill_plans.popleft().num_tokens)
         progressed = []
+        slots, max_num_seqs = self._slots, self.capacity.max_num_seqs
+        block_size = self.blocks.block_size
+        # Once per token: written for speed.
         for slot, token_id, flag in zip(
             result.slots, result.token_ids, result.finish_flags, strict=True
         ):
-            if not 0 <= slot < self.capacity.max_num_seqs:
-                raise ExecutorProtocolError(f"slot {slot} does not exist")
-            seq = self._slots.get(SlotId(slot))
-            if seq is None or result.applied_step_id < seq.admit_step_id:
+            seq = slots.get(SlotId(slot))
+            if seq is None:
+                if not 0 <= slot < max_num_seqs:
+                    raise ExecutorProtocolError(f"slot {slot} does not exist")
+                continue
+            if result.applied_step_id < seq.admit_step_id:
                 continue
             if flag != FINISH_NONE and flag not in _FINISH_REASONS:
                 raise ExecutorProtocolError(f"slot {slot} has the unknown finish flag {flag}")
-            if seq.status is not SequenceStatus.DECODING or seq.num_tokens >= seq.max_total_tokens:
+            num_computed = len(seq.token_ids)
+            if seq.status is not SequenceStatus.DECODING or num_computed >= seq.max_total_tokens:
                 raise ExecutorProtocolError(f"slot {slot} cannot have produced a token")
             seq.token_ids.append(token_id)
             if seq.sampling.num_logprobs >= 0:
@@ -393,7 +403,8 @@ class Scheduler:
                 if logprobs is None:
                     raise ExecutorProtocolError(f"slot {slot} came without log-probabilities")
                 seq.logprobs.append(logprobs)
-            self._register_full_blocks(seq, seq.num_tokens - 1, self.blocks)
+            if num_computed // block_size > seq.num_registered_blocks:
+                self._register_full_blocks(seq, num_computed, self.blocks)
             if flag != FINISH_NONE:
                 self.finish(seq, _FINISH_REASONS[flag])
             progressed.append(seq)
