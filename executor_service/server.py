@@ -16,7 +16,7 @@ from executor_service.settings import ExecutorSettings
 from executor_service.worker import Worker
 from nanovllm.model_store import ModelNotFoundError, fingerprint, model_name, resolve_model
 from nanovllm.service_settings import (
-    SERVER_OPTIONS,
+    EXECUTOR_SERVER_OPTIONS,
     StartupError,
     announce_ready,
     bind,
@@ -46,7 +46,8 @@ def serve(settings: ExecutorSettings) -> int:
         raise StartupError(f"--model {settings.model}: {error}") from error
     # Before the slow part, so that a taken port shows at once. Nothing is served until start().
     server = grpc.server(
-        ThreadPoolExecutor(_NUM_GRPC_THREADS, thread_name_prefix="grpc"), options=SERVER_OPTIONS
+        ThreadPoolExecutor(_NUM_GRPC_THREADS, thread_name_prefix="grpc"),
+        options=EXECUTOR_SERVER_OPTIONS,
     )
     address = bind(server, settings.listen)
     metrics = ExecutorMetrics(model_name(settings.model))

@@ -10,16 +10,24 @@ from prometheus_client import CollectorRegistry, start_http_server
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
 
-# Two processes on one port would each get half of the connections.
-SERVER_OPTIONS: list[tuple[str, int]] = [
+from nanovllm.channel import KEEPALIVE_OPTIONS, MAX_MESSAGE_BYTES, message_limits
+
+_SHARED_SERVER_OPTIONS: list[tuple[str, int]] = [
+    # Two processes on one port would each get half of the connections.
     ("grpc.so_reuseport", 0),
-    ("grpc.max_receive_message_length", 32 * 1024 * 1024),
-    ("grpc.max_send_message_length", 32 * 1024 * 1024),
+    # Calls of peers that vanished end. The peer's HTTP/2 layer answers the pings, so a client that
+    # is only idle or slow stays connected.
+    *KEEPALIVE_OPTIONS,
+    ("grpc.http2.max_pings_without_data", 0),
     # Gateways and load balancers ping idle connections; do not punish them for it.
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.keepalive_permit_without_calls", 1),
 ]
+#: Of the server of the public API.
+SERVER_OPTIONS = [*_SHARED_SERVER_OPTIONS, *message_limits(MAX_MESSAGE_BYTES)]
+#: Of the executor's server, whose only client is a scheduler; see `EXECUTOR_CHANNEL_OPTIONS`.
+EXECUTOR_SERVER_OPTIONS = [*_SHARED_SERVER_OPTIONS, *message_limits(-1)]
 
 
 class StartupError(RuntimeError):
@@ -35,6 +43,8 @@ class ServiceSettings(BaseSettings):
         cli_hide_none_type=True,
         cli_avoid_json=True,
         env_ignore_empty=True,
+        # No setting means anything when it is infinite.
+        allow_inf_nan=False,
         protected_namespaces=(),
     )
 
@@ -76,6 +86,8 @@ def bind(server: grpc.Server | grpc.aio.Server, address: str) -> str:
 
     Raises StartupError.
     """
+    if address == "unix:":
+        raise StartupError("--listen 'unix:' names no path; give unix:/path")
     if not address.startswith("unix:"):
         host, separator, port = address.rpartition(":")
         if not separator or not host or not port.isdecimal() or int(port) > 65535:

@@ -44,7 +44,7 @@ class LocalServices:
         env: Mapping[str, str] | None = None,
         log_dir: Path | None = None,
         startup_timeout_s: float = 600.0,
-        stop_grace_s: float = 15.0,
+        stop_grace_s: float = 35.0,
         executor_module: str = EXECUTOR_MODULE,
         scheduler_module: str = SCHEDULER_MODULE,
     ) -> None:
@@ -59,7 +59,8 @@ class LocalServices:
             env: Variables added to the services' environment.
             log_dir: Folder for executor.log and scheduler.log; default: this process's stderr.
             startup_timeout_s: Limit for both services to become ready.
-            stop_grace_s: Limit for each service to drain before it is killed.
+            stop_grace_s: Limit for each service to drain before it is killed; the default is
+                more than the scheduler's own limit (--drain-timeout-s, 30 s).
             executor_module: Module to run as the executor.
             scheduler_module: Module to run as the scheduler.
         """

@@ -9,7 +9,8 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from scheduler_service.completion import Completion, Delta
@@ -27,6 +28,9 @@ from scheduler_service.errors import (
 from scheduler_service.metrics import SchedulerMetrics
 from scheduler_service.model_spec import ModelSpec
 from scheduler_service.plan import Plan, StepResult
+from scheduler_service.ranges import INT32_MAX
+from scheduler_service.request_metrics import record_finished, record_tokens
+from scheduler_service.reservation import Reservation
 from scheduler_service.scheduler import ExecutorCapacity, Scheduler
 from scheduler_service.sequence import FinishReason, Sequence, SequenceId
 from scheduler_service.tokenizer import Tokenizer
@@ -51,6 +55,11 @@ class LiveRequest:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     error: RequestError | None = None
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether every completion ended; their last deltas may still have to be written."""
+        return all(completion.seq.is_finished for completion in self.completions)
+
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
@@ -68,7 +77,7 @@ class Engine:
     _RETRY_AFTER_S = 1.0
     # Requests that are told of new tokens in one turn of the event loop. Each then makes and writes
     # a delta; with hundreds at once, results and plans would wait for all of them.
-    _DELIVERIES_PER_TURN = 16
+    _DELIVERIES_PER_TURN = 4
 
     def __init__(
         self,
@@ -84,6 +93,10 @@ class Engine:
         self._metrics = metrics
         self._limits = limits
         self._requests: dict[str, LiveRequest] = {}
+        self._reservations: dict[str, Reservation] = {}
+        self._num_reserved_seqs = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._owners: dict[SequenceId, tuple[LiveRequest, Completion]] = {}
         self._sequence_ids = map(SequenceId, itertools.count())
         self._send: SendPlan | None = None
@@ -99,7 +112,7 @@ class Engine:
     def max_model_len(self) -> int:
         """Longest sequence: the model's own limit, or the executor's if that is less."""
         capacity = self.scheduler.capacity
-        return min(self.model.max_model_len, capacity.max_model_len if capacity else 2**31)
+        return min(self.model.max_model_len, capacity.max_model_len if capacity else INT32_MAX)
 
     def start(self) -> None:
         """Starts the clock on the first connection."""
@@ -107,19 +120,37 @@ class Engine:
 
     # Requests
 
-    def check_id(self, request_id: str) -> None:
-        """Raises DuplicateRequestError if a live request has this id."""
-        if request_id in self._requests:
-            raise DuplicateRequestError(
-                f"request_id {request_id!r} belongs to a live request; choose another"
-            )
+    @contextmanager
+    def reserve(self, spec: GenerateSpec) -> Iterator[Reservation]:
+        """Holds the request's id and its place in the queue while its prompt is tokenized.
 
-    def submit(self, spec: GenerateSpec, prompt_token_ids: list[int]) -> LiveRequest:
-        """Queues a request. Raises RequestError and keeps nothing if it is refused."""
-        self.check_id(spec.request_id)
-        self._check_admission(spec)
+        Raises RequestError if the id is taken or the queue is full.
+        """
+        self._check_id(spec.request_id)
+        self._check_executor()
+        self._check_queue(spec.n)
+        reservation = Reservation(spec)
+        self._reservations[spec.request_id] = reservation
+        self._num_reserved_seqs += spec.n
+        self._idle.clear()
+        try:
+            yield reservation
+        finally:
+            del self._reservations[spec.request_id]
+            self._num_reserved_seqs -= spec.n
+            self._update_idle()
+
+    def submit(self, reservation: Reservation, prompt_token_ids: list[int]) -> LiveRequest:
+        """Queues a request whose reservation is held; one that was aborted meanwhile is over.
+
+        Raises RequestError and keeps nothing if it is refused.
+        """
+        spec = reservation.spec
+        if not reservation.is_aborted:
+            self._check_executor()
+            self._check_prompt_length(len(prompt_token_ids))
         seqs = self._new_sequences(spec, prompt_token_ids)
-        if not self.scheduler.fits(seqs[0]):
+        if not reservation.is_aborted and not self.scheduler.fits(seqs[0]):
             raise self._never_fits(seqs[0])
         request = LiveRequest(
             spec.request_id,
@@ -130,8 +161,14 @@ class Engine:
         for completion in request.completions:
             self._owners[completion.seq.seq_id] = (request, completion)
             self.scheduler.add(completion.seq)
+        if reservation.is_aborted:
+            self._finish_all(request, FinishReason.ABORT)
         self._plan_soon()
         return request
+
+    async def wait_until_idle(self) -> None:
+        """Waits until no request is live or being tokenized."""
+        await self._idle.wait()
 
     async def deltas(
         self, request: LiveRequest, deadline_s: float | None = None
@@ -168,6 +205,10 @@ class Engine:
 
     def abort(self, request_id: str) -> bool:
         """Ends a live request; its stream gets terminal deltas. Returns whether there was one."""
+        reservation = self._reservations.get(request_id)
+        if reservation is not None:
+            reservation.abort()
+            return True
         request = self._requests.get(request_id)
         if request is None:
             return False
@@ -175,19 +216,26 @@ class Engine:
         self._tell(request)
         return True
 
-    def _check_admission(self, spec: GenerateSpec) -> None:
+    def _check_id(self, request_id: str) -> None:
+        if request_id in self._requests or request_id in self._reservations:
+            raise DuplicateRequestError(
+                f"request_id {request_id!r} belongs to a live request; choose another"
+            )
+
+    def _check_executor(self) -> None:
         if self._absent_for_too_long:
             raise self._no_executor_error()
-        waiting = self.scheduler.num_waiting
-        if waiting + spec.n > self._limits.max_queued_requests:
+
+    def _check_queue(self, num_new: int) -> None:
+        waiting = self.scheduler.num_waiting + self._num_reserved_seqs
+        if waiting + num_new > self._limits.max_queued_requests:
             raise QueueFullError(
                 f"{waiting} sequences wait already, the limit is "
                 f"{self._limits.max_queued_requests}; try again later",
                 self._RETRY_AFTER_S,
             )
 
-    def _new_sequences(self, spec: GenerateSpec, prompt_token_ids: list[int]) -> list[Sequence]:
-        num_prompt = len(prompt_token_ids)
+    def _check_prompt_length(self, num_prompt: int) -> None:
         longest = self.max_model_len
         if num_prompt >= longest:
             raise InvalidFieldError(
@@ -195,6 +243,9 @@ class Engine:
                 f"the prompt has {num_prompt} tokens, but at most {longest - 1} leave room for "
                 "an output token",
             )
+
+    def _new_sequences(self, spec: GenerateSpec, prompt_token_ids: list[int]) -> list[Sequence]:
+        num_prompt = len(prompt_token_ids)
         max_total = self._max_total_tokens(num_prompt, spec.max_tokens)
         arrival_s = time.monotonic()
         return [
@@ -246,6 +297,15 @@ class Engine:
         self._finish_all(request, reason)
         if self._requests.get(request.request_id) is request:
             del self._requests[request.request_id]
+        self._update_idle()
+
+    def _update_idle(self) -> None:
+        if not self._requests and not self._reservations:
+            self._idle.set()
+
+    def _on_finished(self, completion: Completion) -> None:
+        self._owners.pop(completion.seq.seq_id, None)
+        record_finished(self._metrics, completion)
 
     def _finish_all(self, request: LiveRequest, reason: FinishReason) -> None:
         for completion in request.completions:
@@ -331,7 +391,7 @@ class Engine:
                     seq.finish_reason = FinishReason.STOP
         for seq_id, count in token_counts.items():
             request, completion = self._owners[seq_id]
-            self._record_tokens(completion, count, now_s)
+            record_tokens(self._metrics, completion, count, now_s)
             if completion.seq.is_finished:
                 self._on_finished(completion)
             self._tell(request)
@@ -387,42 +447,12 @@ class Engine:
     def _on_absent_for_too_long(self) -> None:
         self._absent_for_too_long = True
         for request in list(self._requests.values()):
-            self._fail(request, self._no_executor_error())
+            # One that is finished lacks nothing but a reader that takes its last deltas.
+            if not request.is_finished:
+                self._fail(request, self._no_executor_error())
 
     def _no_executor_error(self) -> NoExecutorError:
         return NoExecutorError(
             f"no executor for {self._limits.executor_wait_timeout_s:g} s: {self._executor_problem}",
             self._RETRY_AFTER_S,
         )
-
-    # Metrics
-
-    def _record_tokens(self, completion: Completion, count: int, now_s: float) -> None:
-        self._metrics.generation_tokens.inc(count)
-        seq = completion.seq
-        if completion.first_token_s is None:
-            completion.first_token_s = completion.last_token_s = now_s
-            self._metrics.time_to_first_token.observe(now_s - seq.arrival_s)
-            self._metrics.prompt_tokens.inc(seq.num_prompt_tokens)
-            count -= 1
-        if count and completion.last_token_s is not None:
-            gap_s = (now_s - completion.last_token_s) / count
-            self._metrics.inter_token_latency.observe(gap_s, count)
-        completion.last_token_s = now_s
-
-    def _on_finished(self, completion: Completion) -> None:
-        seq = completion.seq
-        self._owners.pop(seq.seq_id, None)
-        reason = seq.finish_reason or FinishReason.ERROR
-        self._metrics.count_finished(reason.value)
-        now_s = time.monotonic()
-        self._metrics.request_prompt_tokens.observe(seq.num_prompt_tokens)
-        self._metrics.request_generation_tokens.observe(seq.num_output_tokens)
-        self._metrics.e2e_request_latency.observe(now_s - seq.arrival_s)
-        admitted_s = seq.first_admitted_s
-        if admitted_s is None:
-            return
-        self._metrics.request_queue_time.observe(admitted_s - seq.arrival_s)
-        if completion.first_token_s is not None:
-            self._metrics.request_prefill_time.observe(completion.first_token_s - admitted_s)
-            self._metrics.request_decode_time.observe(now_s - completion.first_token_s)

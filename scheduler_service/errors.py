@@ -83,7 +83,7 @@ class DeadlineError(RequestError):
 
 
 class NoExecutorError(RetryableError):
-    """No executor was there for too long, or the server is shutting down."""
+    """No executor was there for too long."""
 
     code = code_pb2.UNAVAILABLE
     label = "no_executor"

@@ -9,10 +9,11 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import grpc
 
+from nanovllm.channel import EXECUTOR_CHANNEL_OPTIONS
 from nanovllm.v1 import executor_pb2, executor_pb2_grpc
 from nanovllm.wire import WireError
 from scheduler_service.engine import Engine
@@ -21,16 +22,6 @@ from scheduler_service.scheduler import ExecutorCapacity, ExecutorProtocolError
 
 logger = logging.getLogger(__name__)
 
-_CHANNEL_OPTIONS = [
-    ("grpc.max_receive_message_length", 64 * 1024 * 1024),
-    ("grpc.max_send_message_length", 64 * 1024 * 1024),
-    # The default back-off grows to two minutes; the executor is next door.
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-    # Notices a peer that vanished without closing its connection.
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-]
 _MIN_BACKOFF_S = 0.1
 _MAX_BACKOFF_S = 2.0
 _CALL_TIMEOUT_S = 5.0
@@ -91,6 +82,11 @@ class ExecutorLink:
                 if had_session or problem != last_problem:
                     logger.warning("executor %s: %s", self.address, problem)
                 last_problem = problem
+            except Exception as error:
+                # A bug that one session or one request brings out must not end the service.
+                had_session = self.info is not None
+                last_problem = f"the scheduler failed in a session: {error!r}"
+                logger.exception("executor %s: %s", self.address, last_problem)
             finally:
                 self.info = None
                 await self._on_change(False)
@@ -100,7 +96,9 @@ class ExecutorLink:
             await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
 
     async def _run_session(self) -> None:
-        async with grpc.aio.insecure_channel(self.address, options=_CHANNEL_OPTIONS) as channel:
+        async with grpc.aio.insecure_channel(
+            self.address, options=EXECUTOR_CHANNEL_OPTIONS
+        ) as channel:
             stub = executor_pb2_grpc.ExecutorServiceStub(channel)
             info = await stub.GetExecutorInfo(
                 executor_pb2.GetExecutorInfoRequest(), timeout=_CALL_TIMEOUT_S
@@ -133,8 +131,8 @@ class ExecutorLink:
         start = executor_pb2.StartSession(expected_epoch=epoch, session_id=secrets.randbits(64))
         async with _limit(_CALL_TIMEOUT_S, "did not answer StartSession"):
             await _write(call, executor_pb2.ExecuteRequest(start_session=start))
-            answer = await call.read()
-        if answer is grpc.aio.EOF or not answer.HasField("session_started"):
+            answer = await _read(call)
+        if answer is None or not answer.HasField("session_started"):
             raise SessionEndedError("did not answer StartSession with SessionStarted")
 
     async def _converse(
@@ -178,8 +176,8 @@ class ExecutorLink:
 
     async def _read_results(self, call: ExecuteCall) -> None:
         while True:
-            message = await call.read()
-            if message is grpc.aio.EOF:
+            message = await _read(call)
+            if message is None:
                 raise await _end_of(call)
             self._last_result_s = time.monotonic()
             try:
@@ -224,6 +222,12 @@ async def _write(call: ExecuteCall, request: executor_pb2.ExecuteRequest) -> Non
     except asyncio.InvalidStateError:
         # gRPC refuses to write to a call that ended meanwhile; its status says why it did.
         raise await _end_of(call) from None
+
+
+async def _read(call: ExecuteCall) -> executor_pb2.ExecuteResponse | None:
+    """The next message, or None at the end of the stream."""
+    message = await call.read()
+    return None if message is grpc.aio.EOF else cast(executor_pb2.ExecuteResponse, message)
 
 
 async def _end_of(call: ExecuteCall) -> SessionEndedError:

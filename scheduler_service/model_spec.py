@@ -1,12 +1,12 @@
 """What the scheduler knows of the model from its JSON files; the weights are the executor's."""
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nanovllm.model_store import fingerprint
+from scheduler_service.ranges import INT32_MAX, SAMPLING_RANGES
 
 
 class ModelSpecError(ValueError):
@@ -41,11 +41,10 @@ class ModelSpec:
         """Reads config.json and generation_config.json. Raises ModelSpecError."""
         config = _read_json(directory / "config.json", required=True)
         generation = _read_json(directory / "generation_config.json", required=False)
-        architectures = config.get("architectures") or ["unknown"]
         vocab_size = _positive_int(config, "vocab_size")
         return cls(
             name=name,
-            architecture=str(architectures[0]),
+            architecture=_architecture(config),
             vocab_size=vocab_size,
             max_model_len=_positive_int(config, "max_position_embeddings"),
             eos_token_ids=_eos_token_ids(config, generation, vocab_size),
@@ -66,9 +65,18 @@ def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
     return content
 
 
+def _architecture(config: dict[str, Any]) -> str:
+    names = config.get("architectures")
+    if names is None or names == []:
+        return "unknown"
+    if not isinstance(names, list) or not isinstance(names[0], str):
+        raise ModelSpecError(f"config.json: architectures must be a list of names, got {names!r}")
+    return names[0]
+
+
 def _positive_int(config: dict[str, Any], key: str) -> int:
     value = config.get(key)
-    if not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= INT32_MAX:
         raise ModelSpecError(f"config.json: {key} must be a positive integer, got {value!r}")
     return value
 
@@ -90,17 +98,15 @@ def _eos_token_ids(
 
 def _defaults(generation: dict[str, Any]) -> DefaultSampling:
     known: dict[str, Any] = {}
-    for key, kind in (
-        ("temperature", float),
-        ("top_p", float),
-        ("top_k", int),
-        ("min_p", float),
-        ("repetition_penalty", float),
-    ):
+    for key, sampling_range in SAMPLING_RANGES.items():
         value = generation.get(key)
         if value is None:
             continue
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ModelSpecError(f"generation_config.json: {key} must be a number, got {value!r}")
-        known[key] = kind(value)
+        if not sampling_range.holds(value):
+            raise ModelSpecError(
+                f"generation_config.json: {key} must be in {sampling_range}, got {value!r}"
+            )
+        known[key] = int(value) if key == "top_k" else float(value)
     return DefaultSampling(**known)

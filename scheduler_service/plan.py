@@ -5,7 +5,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from nanovllm.v1 import executor_pb2
-from nanovllm.wire import WireError, pack_float32, pack_int32, unpack_float32, unpack_int32
+from nanovllm.wire import (
+    Int32Array,
+    WireError,
+    pack_float32,
+    pack_int32,
+    unpack_float32,
+    unpack_int32,
+)
 from scheduler_service.block_manager import BlockId
 from scheduler_service.sequence import SlotId, SlotSampling, StepId, TokenLogprobs
 
@@ -107,9 +114,12 @@ def _encode_admit(admit: Admit) -> executor_pb2.Admit:
 
 
 def decode_step_result(message: executor_pb2.StepResult) -> StepResult:
-    """The message as plain data. Raises WireError if its arrays do not fit together."""
+    """The message as plain data.
+
+    Raises WireError if its arrays do not fit together or hold what no executor may send.
+    """
     slots = unpack_int32(message.slots, "slots").tolist()
-    token_ids = unpack_int32(message.token_ids, "token_ids").tolist()
+    token_ids = _unpack_token_ids(message.token_ids, "token_ids").tolist()
     if not len(slots) == len(token_ids) == len(message.finish_flags):
         raise WireError(
             f"step result has {len(slots)} slots, {len(token_ids)} tokens and "
@@ -127,11 +137,18 @@ def decode_step_result(message: executor_pb2.StepResult) -> StepResult:
     )
 
 
+def _unpack_token_ids(data: bytes, field: str) -> Int32Array:
+    token_ids = unpack_int32(data, field)
+    if (token_ids < 0).any():
+        raise WireError(f"{field}: {int(token_ids.min())} is no token id")
+    return token_ids
+
+
 def _decode_logprobs(message: executor_pb2.SlotLogprobs) -> dict[int, TokenLogprobs]:
     slots = unpack_int32(message.slots, "logprobs.slots")
     chosen = unpack_float32(message.chosen, "logprobs.chosen")
     num_top = unpack_int32(message.num_top, "logprobs.num_top")
-    top_token_ids = unpack_int32(message.top_token_ids, "logprobs.top_token_ids")
+    top_token_ids = _unpack_token_ids(message.top_token_ids, "logprobs.top_token_ids")
     top_logprobs = unpack_float32(message.top_logprobs, "logprobs.top_logprobs")
     if not len(slots) == len(chosen) == len(num_top):
         raise WireError("logprobs: slots, chosen and num_top differ in length")

@@ -73,5 +73,5 @@ class PromptEncoder:
 
 def _too_long(field: str, finding: str, max_tokens: int) -> InvalidFieldError:
     return InvalidFieldError(
-        field, f"the prompt {finding}, but at most {max_tokens} leave room for an output token"
+        field, f"the prompt {finding}, but this call takes at most {max_tokens}"
     )

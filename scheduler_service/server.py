@@ -30,6 +30,9 @@ from scheduler_service.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+# For calls whose answer is made already, or will be in a moment.
+_LAST_WRITES_S = 1.0
+
 _SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 _HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
@@ -95,13 +98,26 @@ async def serve(settings: SchedulerSettings) -> None:
     await asyncio.wait([stopped, link_task], return_when=asyncio.FIRST_COMPLETED)
     logger.info("draining for at most %g s", settings.drain_timeout_s)
     await health_servicer.enter_graceful_shutdown()
-    await server.stop(settings.drain_timeout_s)
+    await _drain(server, engine, settings.drain_timeout_s)
     encoder.close()
     stopped.cancel()
     if link_task.done():
         link_task.result()
     link_task.cancel()
     await asyncio.gather(link_task, return_exceptions=True)
+
+
+async def _drain(server: grpc.aio.Server, engine: Engine, timeout_s: float) -> None:
+    """Refuses new calls at once, lets requests go on for `timeout_s`, then ends every call.
+
+    A call without an end, as a watcher of the health service makes, is not waited for.
+    """
+    refusing = asyncio.create_task(server.stop(timeout_s))
+    idle = asyncio.create_task(engine.wait_until_idle())
+    await asyncio.wait([refusing, idle], return_when=asyncio.FIRST_COMPLETED)
+    idle.cancel()
+    await server.stop(min(timeout_s, _LAST_WRITES_S))
+    await refusing
 
 
 def _load_model(name: str) -> tuple[ModelSpec, Tokenizer]:

@@ -34,6 +34,10 @@ _FINISH_REASONS = {
     FinishReason.ERROR: inference_pb2.FINISH_REASON_ERROR,
 }
 
+# Most tokens of a Tokenize or Detokenize call, in lengths of the model: enough to see by how much a
+# text is too long, and little enough that others do not wait for it.
+_MAX_MODEL_LENGTHS = 4
+
 Context: TypeAlias = grpc.aio.ServicerContext
 T = TypeVar("T")
 
@@ -84,11 +88,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
     async def _admit(self, request: inference_pb2.GenerateRequest) -> LiveRequest:
         spec = validate_generate(request, self._engine.model)
-        self._engine.check_id(spec.request_id)
-        token_ids = await self._encoder.encode(
-            spec.prompt, max_tokens=self._engine.max_model_len - 1
-        )
-        return self._engine.submit(spec, token_ids)
+        with self._engine.reserve(spec) as reservation:
+            token_ids = await reservation.unless_aborted(
+                self._encoder.encode(spec.prompt, max_tokens=self._engine.max_model_len - 1)
+            )
+            return self._engine.submit(reservation, token_ids)
 
     async def Tokenize(  # noqa: N802
         self, request: inference_pb2.TokenizeRequest, context: Context
@@ -111,9 +115,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         longest = self._engine.max_model_len
         token_ids: list[int] = []
         if kind != "text" or request.text:
-            # Four times the model's length is enough to see by how much a text is too long.
             token_ids = await self._encoder.encode(
-                prompt, max_tokens=4 * longest, add_special_tokens=add_special
+                prompt,
+                max_tokens=_MAX_MODEL_LENGTHS * longest,
+                add_special_tokens=add_special,
             )
         return inference_pb2.TokenizeResponse(token_ids=token_ids, max_model_len=longest)
 
@@ -126,7 +131,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def _detokenize(
         self, request: inference_pb2.DetokenizeRequest
     ) -> inference_pb2.DetokenizeResponse:
-        token_ids = valid_detokenize_ids(request.token_ids, self._engine.model)
+        token_ids = valid_detokenize_ids(
+            request.token_ids,
+            self._engine.model,
+            max_ids=_MAX_MODEL_LENGTHS * self._engine.max_model_len,
+        )
         skip = request.skip_special_tokens or not request.HasField("skip_special_tokens")
         text = await self._encoder.decode(token_ids, skip_special_tokens=skip)
         return inference_pb2.DetokenizeResponse(text=text)
@@ -228,7 +237,8 @@ def _response(request_id: str, delta: Delta) -> inference_pb2.GenerateResponse:
         )
     if delta.finish_reason is not None:
         response.finish_reason = _FINISH_REASONS[delta.finish_reason]
-        response.stop_reason.CopyFrom(_stop_reason(delta))
+        if delta.finish_reason is FinishReason.STOP:
+            response.stop_reason.CopyFrom(_stop_reason(delta))
         response.usage.prompt_tokens = delta.num_prompt_tokens
         response.usage.completion_tokens = delta.num_output_tokens
         response.usage.cached_tokens = delta.num_cached_tokens

@@ -66,7 +66,6 @@ class Tokenizer:
         if not self.has_chat_template:
             raise InvalidFieldError("chat", "the model has no chat template; send text instead")
         kwargs = _template_kwargs(template_kwargs_json)
-        kwargs = _template_kwargs(template_kwargs_json)
         try:
             return self._chat_tokenizer.apply_chat_template(
                 [{"role": turn.role, "content": turn.content} for turn in turns],

@@ -3,7 +3,6 @@
 Every field is honoured or refused by name here; nothing behind this module checks again.
 """
 
-import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from nanovllm.v1 import inference_pb2
 from scheduler_service.errors import InvalidFieldError
 from scheduler_service.model_spec import ModelSpec
+from scheduler_service.ranges import INT32_MAX, SAMPLING_RANGES, Range
 from scheduler_service.sequence import SlotSampling
 from scheduler_service.tokenizer import ChatTurn
 
@@ -24,7 +24,6 @@ MAX_LOGIT_BIASES = 256
 MAX_LOGPROBS = 20
 MAX_CHAT_MESSAGES = 4096
 MAX_PRIORITY = 1000
-_INT32_MAX = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +85,7 @@ def validate_generate(request: inference_pb2.GenerateRequest, model: ModelSpec) 
     _check_range("sampling_params.n", n, 1, MAX_N)
     max_tokens = params.max_tokens if params.HasField("max_tokens") else None
     if max_tokens is not None:
-        _check_range("sampling_params.max_tokens", max_tokens, 1, _INT32_MAX)
+        _check_range("sampling_params.max_tokens", max_tokens, 1, INT32_MAX)
     _check_range(
         "sampling_params.min_tokens", params.min_tokens, 0, max_tokens or model.max_model_len
     )
@@ -94,13 +93,14 @@ def validate_generate(request: inference_pb2.GenerateRequest, model: ModelSpec) 
     stop = _valid_stop_strings(params.stop)
     if stop and not detokenize:
         raise InvalidFieldError("sampling_params.stop", "needs text; do not set detokenize=false")
+    if len(params.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+        raise InvalidFieldError(
+            "sampling_params.stop_token_ids",
+            f"at most {MAX_STOP_TOKEN_IDS} ids, got {len(params.stop_token_ids)}",
+        )
     stop_token_ids = _valid_token_ids(
         "sampling_params.stop_token_ids", params.stop_token_ids, model.vocab_size
     )
-    if len(stop_token_ids) > MAX_STOP_TOKEN_IDS:
-        raise InvalidFieldError(
-            "sampling_params.stop_token_ids", f"at most {MAX_STOP_TOKEN_IDS} ids"
-        )
     eos = () if params.ignore_eos else model.eos_token_ids
     return GenerateSpec(
         request_id=request.request_id or secrets.token_hex(8),
@@ -128,8 +128,16 @@ def _valid_prompt(request: inference_pb2.GenerateRequest, model: ModelSpec) -> P
             raise InvalidFieldError("text", "the prompt is empty")
         return TextPrompt(request.text)
     if kind == "token_ids":
-        if not request.token_ids.ids:
+        num_ids = len(request.token_ids.ids)
+        if not num_ids:
             raise InvalidFieldError("token_ids", "the prompt is empty")
+        # Before the ids are looked at: a message may hold millions, and requests wait meanwhile.
+        if num_ids >= model.max_model_len:
+            raise InvalidFieldError(
+                "token_ids",
+                f"the prompt has {num_ids} tokens, but at most {model.max_model_len - 1} leave "
+                "room for an output token",
+            )
         return TokenPrompt(
             _valid_token_ids("token_ids.ids", request.token_ids.ids, model.vocab_size)
         )
@@ -156,8 +164,10 @@ def valid_chat(chat: inference_pb2.ChatMessages) -> ChatPrompt:
     )
 
 
-def valid_detokenize_ids(token_ids: Sequence[int], model: ModelSpec) -> list[int]:
+def valid_detokenize_ids(token_ids: Sequence[int], model: ModelSpec, *, max_ids: int) -> list[int]:
     """Checks the ids of a Detokenize call. Raises InvalidFieldError."""
+    if len(token_ids) > max_ids:
+        raise InvalidFieldError("token_ids", f"at most {max_ids} ids, got {len(token_ids)}")
     return _valid_token_ids("token_ids", token_ids, model.vocab_size)
 
 
@@ -166,21 +176,20 @@ def _valid_samplings(
 ) -> tuple[SlotSampling, ...]:
     defaults = model.defaults
 
-    def number(name: str, default: float) -> float:
-        return getattr(params, name) if params.HasField(name) else default
+    def number(name: str) -> float:
+        if not params.HasField(name):
+            return getattr(defaults, name)
+        value: float = getattr(params, name)
+        _check(f"sampling_params.{name}", value, SAMPLING_RANGES[name])
+        return value
 
-    temperature = number("temperature", defaults.temperature)
-    _check_range("sampling_params.temperature", temperature, 0, 100)
-    top_p = number("top_p", defaults.top_p)
-    _check_range("sampling_params.top_p", top_p, 0, 1, exclude_low=True)
-    top_k = int(number("top_k", defaults.top_k))
-    _check_range("sampling_params.top_k", top_k, -1, _INT32_MAX)
-    min_p = number("min_p", defaults.min_p)
-    _check_range("sampling_params.min_p", min_p, 0, 1)
+    temperature = number("temperature")
+    top_p = number("top_p")
+    top_k = int(number("top_k"))
+    min_p = number("min_p")
     _check_range("sampling_params.presence_penalty", params.presence_penalty, -2, 2)
     _check_range("sampling_params.frequency_penalty", params.frequency_penalty, -2, 2)
-    repetition_penalty = number("repetition_penalty", defaults.repetition_penalty)
-    _check_range("sampling_params.repetition_penalty", repetition_penalty, 0, 10, exclude_low=True)
+    repetition_penalty = number("repetition_penalty")
     num_logprobs = params.logprobs if params.HasField("logprobs") else -1
     if params.HasField("logprobs"):
         _check_range("sampling_params.logprobs", num_logprobs, 0, MAX_LOGPROBS)
@@ -245,10 +254,10 @@ def _valid_token_ids(field: str, token_ids: Sequence[int], vocab_size: int) -> l
     return ids
 
 
-def _check_range(
-    field: str, value: float, low: float, high: float, *, exclude_low: bool = False
-) -> None:
-    if math.isfinite(value) and low <= value <= high and not (exclude_low and value == low):
-        return
-    bracket = "(" if exclude_low else "["
-    raise InvalidFieldError(field, f"must be in {bracket}{low}, {high}], got {value}")
+def _check_range(field: str, value: float, low: float, high: float) -> None:
+    _check(field, value, Range(low, high))
+
+
+def _check(field: str, value: float, allowed: Range) -> None:
+    if not allowed.holds(value):
+        raise InvalidFieldError(field, f"must be in {allowed}, got {value}")

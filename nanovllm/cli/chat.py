@@ -16,6 +16,7 @@ from nanovllm.cli.options import (
 )
 from nanovllm.client import Client
 from nanovllm.errors import NanovllmError
+from nanovllm.outputs import FinishReason
 from nanovllm.requests import Message
 from nanovllm.sampling_params import SamplingParams
 
@@ -64,7 +65,7 @@ def _run(options: argparse.Namespace) -> int:
                 case text:
                     try:
                         conversation.say(text)
-                    except NanovllmError as error:
+                    except (NanovllmError, CommandError) as error:
                         if not interactive:
                             raise
                         print(f"\nnanovllm: {error}", file=sys.stderr)
@@ -91,14 +92,19 @@ class Conversation:
 
         Raises:
             NanovllmError: The request failed.
+            CommandError: The answer was aborted on the server.
         """
         messages: list[Message] = [*self._messages, {"role": "user", "content": text}]
         parts = []
+        finish_reason: FinishReason | None = None
         with self._client.stream(messages, self._params) as stream:
             for delta in stream:
                 parts.append(delta.text)
                 print(delta.text, end="", flush=True)
+                finish_reason = delta.finish_reason
         print()
+        if finish_reason is FinishReason.ABORT:
+            raise CommandError("the request was aborted on the server")
         self._messages = [*messages, {"role": "assistant", "content": "".join(parts)}]
 
 

@@ -30,6 +30,7 @@ class FakeService(pb_grpc.InferenceServiceServicer):
     #: Leaves out the terminal deltas.
     cut_short: bool = False
     has_chat_template: bool = True
+    finish_reason: pb.FinishReason = pb.FINISH_REASON_STOP
     aborted: list[str] = field(default_factory=list)
     most_live: int = 0
     _live: int = 0
@@ -77,7 +78,7 @@ class FakeService(pb_grpc.InferenceServiceServicer):
             yield pb.GenerateResponse(
                 request_id=request.request_id,
                 index=index,
-                finish_reason=pb.FINISH_REASON_STOP,
+                finish_reason=self.finish_reason,
                 stop_reason=pb.StopReason(token_id=2),
                 usage=pb.Usage(
                     prompt_tokens=len(words), completion_tokens=len(words), cached_tokens=1

@@ -9,6 +9,7 @@ import pytest
 from google.rpc import code_pb2
 
 from nanovllm.cli import main
+from nanovllm.v1.inference_pb2 import FINISH_REASON_ABORT
 from tests.client.fake_server import error_status
 
 
@@ -98,6 +99,11 @@ class TestChat:
         server.service.has_chat_template = False
         assert self.chat(server, monkeypatch, "a\n") == 1
         assert "no chat template" in capsys.readouterr().err
+
+    def test_answer_aborted_on_the_server_is_status_one(self, server, monkeypatch, capsys):
+        server.service.finish_reason = FINISH_REASON_ABORT
+        assert self.chat(server, monkeypatch, "a\n") == 1
+        assert capsys.readouterr().err == "nanovllm: the request was aborted on the server\n"
 
     def test_error_ends_a_piped_chat_with_status_one(self, server, monkeypatch, capsys):
         server.service.errors.append(error_status(code_pb2.INTERNAL, "it broke"))

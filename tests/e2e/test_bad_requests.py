@@ -195,6 +195,10 @@ GOOD_EDGES: dict[str, ChangeRequest] = {
     "most-biases": params(logit_bias=dict.fromkeys(range(256), -100.0)),
     "every-token-forbidden-but-one": params(logit_bias={7: 100.0}, min_tokens=2),
     "unlimited-max-tokens": params(max_tokens=2**31 - 1, stop_token_ids=range(64, 128), n=1),
+    "largest-min-tokens": lambda request: (
+        token_ids(*([1] * (MAX_MODEL_LEN - 3)))(request),
+        params(max_tokens=2**31 - 1, min_tokens=2**31 - 1)(request),
+    ),
     "priorities": field("priority", 1000),
     "longest-id": field("request_id", "ü" * 128),
     "null-characters": field("text", "\0\0"),
@@ -225,6 +229,15 @@ class TestOtherCalls:
         error = CallError.of(caught.value)
         assert error.code is grpc.StatusCode.INVALID_ARGUMENT
         assert error.bad_fields == ("token_ids",)
+
+    def test_detokenize_of_millions_of_ids_is_refused_at_once(
+        self, stub: pb_grpc.InferenceServiceStub, client: Client
+    ) -> None:
+        request = pb.DetokenizeRequest(token_ids=[1] * 8_000_000)
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.Detokenize(request)
+        assert CallError.of(caught.value).bad_fields == ("token_ids",)
+        expect_service(client)
 
     def test_tokenize_refuses_a_request_without_a_prompt(
         self, stub: pb_grpc.InferenceServiceStub

@@ -9,7 +9,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from nanovllm import (
     Client,
@@ -347,6 +349,17 @@ class TestShutdown:
             start_s = time.monotonic()
             service.terminate()
             assert service.wait(LIMIT_S) == 0
+            assert time.monotonic() - start_s < 5.0
+
+    def test_watcher_of_the_health_service_does_not_delay_the_end(
+        self, services: LocalServices
+    ) -> None:
+        with grpc.insecure_channel(services.address) as channel:
+            watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+            assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+            start_s = time.monotonic()
+            services.scheduler.terminate()
+            assert services.scheduler.wait(LIMIT_S) == 0
             assert time.monotonic() - start_s < 5.0
 
     def test_interrupted_services_exit_zero(self, services: LocalServices) -> None:

@@ -81,7 +81,8 @@ class EngineHarness:
         )
         spec = validate_generate(request, MODEL)
         assert isinstance(spec.prompt, TokenPrompt)
-        return self.engine.submit(spec, spec.prompt.token_ids)
+        with self.engine.reserve(spec) as reservation:
+            return self.engine.submit(reservation, spec.prompt.token_ids)
 
     def read(self, request: LiveRequest, deadline_s: float | None = None) -> "asyncio.Task":
         """Collects the deltas of a request in a task of their own."""
@@ -118,6 +119,8 @@ class EngineHarness:
         self.executor.run_iteration()
         self.executor.results.clear()
         assert self.engine._requests == {}
+        assert self.engine._reservations == {}
+        await asyncio.wait_for(self.engine.wait_until_idle(), 10)
         assert self.engine._owners == {}
         assert self.scheduler.num_running == 0
         assert self.scheduler.num_waiting == 0

@@ -14,7 +14,7 @@ from scheduler_service.errors import (
     NeverFitsError,
     QueueFullError,
 )
-from scheduler_service.plan import StepResult
+from scheduler_service.plan import StepResult, encode_plan
 from scheduler_service.scheduler import ExecutorProtocolError
 from scheduler_service.sequence import FinishReason
 from scheduler_service.tokenizer import Tokenizer
@@ -220,7 +220,7 @@ def test_a_full_queue_refuses_with_the_time_to_come_back_and_keeps_nothing(run):
         with pytest.raises(QueueFullError, match="limit is 3") as caught:
             h.submit(PROMPT, request_id="refused")
         assert caught.value.retry_after_s > 0
-        h.engine.check_id("refused")
+        assert not h.engine.abort("refused")
         h.connect()
         await h.finish(*tasks)
 
@@ -244,6 +244,31 @@ def test_a_request_that_can_never_fit_is_refused_and_one_without_max_tokens_is_c
         await h.finish(task)
         # The last token is never fed back, so it needs no room.
         assert len(ids_of(task.result())) == 33 - len(PROMPT)
+
+    run(scenario)
+
+
+def test_the_largest_min_tokens_fits_the_wire(run):
+    async def scenario(h: EngineHarness) -> None:
+        largest = 2**31 - 1
+        task = h.read(h.submit(PROMPT, max_tokens=largest, min_tokens=largest))
+        await h.finish(task)
+        (admit,) = encode_plan(h.plans[0]).admits
+        assert admit.min_total_tokens == admit.max_total_tokens == CAPACITY.max_model_len
+
+    run(scenario)
+
+
+def test_the_engine_is_idle_only_when_the_last_delta_was_taken(run):
+    async def scenario(h: EngineHarness) -> None:
+        idle = asyncio.create_task(h.engine.wait_until_idle())
+        await asyncio.wait_for(idle, 10)
+        request = h.submit(PROMPT, max_tokens=2, ignore_eos=True)
+        idle = asyncio.create_task(h.engine.wait_until_idle())
+        while not request.is_finished:
+            await h.step()
+        assert not idle.done()
+        await h.finish(h.read(request), idle)
 
     run(scenario)
 

@@ -71,6 +71,25 @@ def test_an_executor_absent_for_too_long_fails_waiting_and_new_requests_until_it
     asyncio.run(main())
 
 
+def test_a_finished_request_keeps_what_its_reader_has_not_taken_when_the_executor_stays_away(
+    tokenizer: Tokenizer,
+):
+    async def main() -> None:
+        h = EngineHarness(tokenizer, executor_wait_timeout_s=0.02)
+        finished = h.submit(PROMPT, max_tokens=3, ignore_eos=True)
+        while not finished.is_finished:
+            await h.step()
+        running = h.read(h.submit(PROMPT, max_tokens=100))
+        h.lose_executor()
+        with pytest.raises(NoExecutorError):
+            await asyncio.wait_for(running, 10)
+        assert ids_of(await asyncio.wait_for(h.read(finished), 10)) == expected(3)
+        h.connect()
+        await h.check_nothing_is_left()
+
+    asyncio.run(main())
+
+
 def test_a_request_fails_when_it_lost_more_executors_than_it_may(tokenizer: Tokenizer):
     async def main() -> None:
         h = EngineHarness(tokenizer, max_executor_losses=2)

@@ -7,14 +7,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import grpc
+import numpy as np
 import pytest
 
+from nanovllm.service_settings import EXECUTOR_SERVER_OPTIONS
 from nanovllm.v1 import executor_pb2, executor_pb2_grpc
 from nanovllm.wire import pack_int32
 from scheduler_service import executor_link
 from scheduler_service.executor_link import ExecutorLink, LinkSettings, SessionEndedError
-from scheduler_service.plan import Plan, StepResult
+from scheduler_service.plan import Admit, Plan, StepResult
 from scheduler_service.scheduler import ExecutorCapacity
+from scheduler_service.sequence import SlotSampling
 
 FINGERPRINT = "a" * 64
 Script = Callable[["ScriptedExecutor", AsyncIterator, grpc.aio.ServicerContext], AsyncIterator]
@@ -63,6 +66,7 @@ class FakeEngine:
         self.capacities: list[ExecutorCapacity] = []
         self.results: list[StepResult] = []
         self.problems: list[str] = []
+        self.bugs: list[Exception] = []
         self.send: Callable[[Plan], None] | None = None
         self.changed = asyncio.Event()
 
@@ -77,6 +81,8 @@ class FakeEngine:
         self.changed.set()
 
     def on_results(self, results: list[StepResult]) -> None:
+        if self.bugs:
+            raise self.bugs.pop()
         self.results.extend(results)
         self.changed.set()
 
@@ -105,15 +111,16 @@ def converse(tmp_path: Path) -> Callable[..., None]:
         *,
         stall_timeout_s: float = 30.0,
         fingerprint: str = FINGERPRINT,
+        listen: str = f"unix:{tmp_path}/executor.sock",
     ) -> list[bool]:
         states: list[bool] = []
 
         async def main() -> None:
             executor = ScriptedExecutor(script, fingerprint)
-            server = grpc.aio.server()
+            server = grpc.aio.server(options=EXECUTOR_SERVER_OPTIONS)
             executor_pb2_grpc.add_ExecutorServiceServicer_to_server(executor, server)
-            address = f"unix:{tmp_path}/executor.sock"
-            server.add_insecure_port(address)
+            port = server.add_insecure_port(listen)
+            address = listen.replace(":0", f":{port}")
             await server.start()
             engine = FakeEngine()
 
@@ -156,6 +163,58 @@ def test_plans_go_down_in_order_and_results_come_up(converse):
         assert link.info.block_size == 4
 
     assert converse(echo_step_ids, scenario) == [True, False]
+
+
+def test_a_bug_that_a_session_brings_out_ends_the_session_and_not_the_link(converse, caplog):
+    async def scenario(engine: FakeEngine, executor: ScriptedExecutor, link: ExecutorLink):
+        engine.bugs.append(ZeroDivisionError("a bug"))
+        await engine.until(lambda: engine.send is not None)
+        engine.send(Plan(1))
+        await engine.until(lambda: len(engine.capacities) == 2)
+        assert "ZeroDivisionError('a bug')" in engine.problems[0]
+        engine.send(Plan(1))
+        await engine.until(lambda: len(engine.results) == 1)
+
+    assert converse(echo_step_ids, scenario)[:3] == [True, False, True]
+    (record,) = [record for record in caplog.records if record.exc_info]
+    assert record.exc_info[0] is ZeroDivisionError
+
+
+def test_the_executor_is_never_reached_through_a_proxy(converse, monkeypatch: pytest.MonkeyPatch):
+    for name in ("no_proxy", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+
+    async def scenario(engine: FakeEngine, executor: ScriptedExecutor, link: ExecutorLink):
+        await engine.until(lambda: engine.send is not None or bool(engine.problems))
+        assert engine.problems == []
+
+    converse(echo_step_ids, scenario, listen="127.0.0.1:0")
+
+
+def test_a_plan_of_many_long_prompts_is_not_too_large(converse):
+    num_tokens = 17 * 2**20
+    large = Admit(
+        slot=0,
+        token_ids=np.zeros(num_tokens, np.int32),
+        block_ids=[0],
+        num_cached_tokens=0,
+        num_prompt_tokens=num_tokens,
+        max_total_tokens=num_tokens + 1,
+        min_total_tokens=0,
+        stop_token_ids=(),
+        sampling=SlotSampling(),
+    )
+
+    async def scenario(engine: FakeEngine, executor: ScriptedExecutor, link: ExecutorLink):
+        await engine.until(lambda: engine.send is not None)
+        engine.send(Plan(1, admits=[large]))
+        await engine.until(lambda: bool(engine.results) or bool(engine.problems))
+        assert engine.problems == []
+        assert len(executor.plans[0].admits[0].token_ids) == 4 * num_tokens
+
+    converse(echo_step_ids, scenario)
 
 
 def test_another_model_is_refused_with_what_to_change(converse, caplog):

@@ -64,6 +64,12 @@ def logprobs(**changes) -> executor_pb2.StepResult:
         (executor_pb2.StepResult(slots=b"xyz"), "slots: 3 bytes"),
         (executor_pb2.StepResult(slots=pack_int32([1])), "1 slots, 0 tokens and 0 finish flags"),
         (executor_pb2.StepResult(finish_flags=b"\0"), "0 slots, 0 tokens and 1 finish flags"),
+        (
+            executor_pb2.StepResult(
+                slots=pack_int32([1]), token_ids=pack_int32([-3]), finish_flags=b"\0"
+            ),
+            "token_ids: -3 is no token id",
+        ),
         (logprobs(chosen=b""), "differ in length"),
         (logprobs(num_top=pack_int32([2])), "does not add up"),
         (logprobs(top_logprobs=b""), "does not add up"),

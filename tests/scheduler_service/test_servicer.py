@@ -1,7 +1,8 @@
 """The public service behind a real gRPC server, with a simulated executor."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import threading
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -68,6 +69,23 @@ def serve(tokenizer: Tokenizer, tmp_path: Path) -> Callable[..., None]:
     return run
 
 
+@pytest.fixture
+def slow_tokenizer(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[threading.Event]:
+    """Texts are not tokenized before the event is set."""
+    go_on = threading.Event()
+    encode = tokenizer.encode
+
+    def wait_and_encode(text: str, **options) -> list[int]:
+        go_on.wait(LIMIT_S)
+        return encode(text, **options)
+
+    monkeypatch.setattr(tokenizer, "encode", wait_and_encode)
+    yield go_on
+    go_on.set()
+
+
 async def iterate(harness: EngineHarness) -> None:
     while True:
         await harness.step()
@@ -125,7 +143,7 @@ def test_deltas_become_responses_and_only_the_last_has_usage(serve, tokenizer):
         assert not any(r.HasField("usage") or r.HasField("stop_reason") for r in first)
         assert last.finish_reason == pb.FINISH_REASON_LENGTH
         assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (4, 9)
-        assert last.stop_reason.WhichOneof("reason") is None
+        assert not last.HasField("stop_reason")
 
     serve(scenario)
 
@@ -188,6 +206,70 @@ def test_a_live_request_id_is_refused_and_abort_ends_its_owner(serve):
         )
 
     serve(scenario, connect=False)
+
+
+def test_id_and_queue_place_are_taken_while_the_prompt_is_tokenized(serve, slow_tokenizer):
+    async def scenario(service: Service) -> None:
+        first = service.stub.Generate(request(text="abc", token_ids=None, request_id="mine"))
+        await until(lambda: "mine" in service.harness.engine._reservations)
+        same_id = await failure(service.stub.Generate(request(request_id="mine")))
+        assert same_id.code() is grpc.StatusCode.ALREADY_EXISTS
+        no_place = await failure(service.stub.Generate(request()))
+        assert no_place.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        slow_tokenizer.set()
+        assert (await read_all(first))[-1].finish_reason == pb.FINISH_REASON_LENGTH
+        assert len(await read_all(service.stub.Generate(request(request_id="mine"))))
+
+    serve(scenario, max_queued_requests=1)
+
+
+def test_abort_ends_a_request_whose_prompt_is_being_tokenized(serve, slow_tokenizer):
+    async def scenario(service: Service) -> None:
+        call = service.stub.Generate(
+            request(text="abc", token_ids=None, request_id="mine", params={"n": 2})
+        )
+        await until(lambda: "mine" in service.harness.engine._reservations)
+        assert (await service.stub.Abort(pb.AbortRequest(request_id="mine"))).aborted
+        responses = await read_all(call)
+        assert [r.finish_reason for r in responses] == [pb.FINISH_REASON_ABORT] * 2
+        assert sorted(r.index for r in responses) == [0, 1]
+        assert not any(r.token_ids or r.text for r in responses)
+        assert not (await service.stub.Abort(pb.AbortRequest(request_id="mine"))).aborted
+
+    serve(scenario)
+
+
+def test_a_call_cancelled_while_its_prompt_is_tokenized_leaves_nothing(serve, slow_tokenizer):
+    async def scenario(service: Service) -> None:
+        call = service.stub.Generate(request(text="abc", token_ids=None, request_id="mine"))
+        await until(lambda: "mine" in service.harness.engine._reservations)
+        call.cancel()
+        await asyncio.wait_for(service.harness.engine.wait_until_idle(), LIMIT_S)
+        assert service.harness.engine._reservations == {}
+
+    serve(scenario)
+
+
+def test_detokenize_takes_four_lengths_of_the_model_and_no_more(serve):
+    async def scenario(service: Service) -> None:
+        most = [0] * (4 * CAPACITY.max_model_len)
+        answer = await service.stub.Detokenize(pb.DetokenizeRequest(token_ids=most))
+        assert answer.text
+        error = await failure(service.stub.Detokenize(pb.DetokenizeRequest(token_ids=[*most, 0])))
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert error.details() == "token_ids: at most 512 ids, got 513"
+
+    serve(scenario)
+
+
+def test_tokenize_names_the_limit_that_it_applies(serve):
+    async def scenario(service: Service) -> None:
+        error = await failure(service.stub.Tokenize(pb.TokenizeRequest(text="a" * 513)))
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "takes at most 512" in error.details()
+        assert "output" not in error.details()
+
+    serve(scenario)
 
 
 def test_a_cancelled_call_and_a_passed_deadline_leave_nothing(serve):

@@ -1,8 +1,9 @@
 """Command line and environment of the scheduler."""
 
+import grpc
 import pytest
 
-from nanovllm.service_settings import StartupError
+from nanovllm.service_settings import StartupError, bind
 from scheduler_service.scheduler import SchedulerPolicy
 from scheduler_service.settings import SchedulerSettings
 
@@ -44,9 +45,16 @@ def test_arguments_outrank_the_environment(monkeypatch: pytest.MonkeyPatch):
         ("--executor-stall-timeout-s", "0"),
         ("--max-prefill-plans-in-flight", "9"),
         ("--log-level", "loud"),
+        ("--drain-timeout-s", "inf"),
+        ("--executor-wait-timeout-s", "nan"),
     ],
 )
 def test_a_bad_value_is_refused_with_its_option(option: str, value: str):
     with pytest.raises(StartupError, match=option) as caught:
         SchedulerSettings.from_arguments([option, value])
     assert value in str(caught.value)
+
+
+def test_a_unix_address_without_a_path_is_refused():
+    with pytest.raises(StartupError, match="names no path"):
+        bind(grpc.server(None), "unix:")

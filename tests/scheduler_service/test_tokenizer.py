@@ -151,7 +151,7 @@ def test_prompts_of_each_kind_become_token_ids(tokenizer: Tokenizer):
 def test_a_prompt_that_is_too_long_is_refused_by_field(
     tokenizer: Tokenizer, prompt: Prompt, field: str
 ):
-    with pytest.raises(InvalidFieldError, match="at most 20 leave room") as caught:
+    with pytest.raises(InvalidFieldError, match="takes at most 20") as caught:
         encode(tokenizer, prompt)
     assert caught.value.field == field
 

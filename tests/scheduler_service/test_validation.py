@@ -185,7 +185,25 @@ def test_a_field_of_the_request_that_is_wrong_is_refused_by_name(request_, field
 
 def test_the_first_token_outside_the_vocabulary_is_named():
     with pytest.raises(InvalidFieldError, match=r"id 400 at index 2 .*\[0, 320\)"):
-        valid_detokenize_ids([1, 2, 400, -1], MODEL)
+        valid_detokenize_ids([1, 2, 400, -1], MODEL, max_ids=4)
+
+
+@pytest.mark.parametrize(
+    ("field", "check"),
+    [
+        (
+            "token_ids",
+            lambda ids: validate(pb.GenerateRequest(token_ids=pb.TokenIds(ids=ids))),
+        ),
+        ("sampling_params.stop_token_ids", lambda ids: validate(stop_token_ids=ids)),
+        ("token_ids", lambda ids: valid_detokenize_ids(ids, MODEL, max_ids=127)),
+    ],
+)
+def test_too_many_ids_are_refused_before_they_are_looked_at(field: str, check):
+    unknown_ids = [400] * MODEL.max_model_len
+    with pytest.raises(InvalidFieldError, match="at most") as caught:
+        check(unknown_ids)
+    assert caught.value.field == field
 
 
 FLOATS = st.floats(width=32)
