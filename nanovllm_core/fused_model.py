@@ -1,7 +1,7 @@
 """The model on a GPU, made of fused kernels.
 
 `CausalLM` defines the computation; this class runs it with the weights of a loaded one. Few rows
-(decode) are bound by the weights' bytes and by launches, so a layer is six kernels that read their
+(decode) are bound by the weights' bytes and by launches, so a layer is five kernels that read their
 weights while the kernel before them finishes. Many rows (prefill) are bound by arithmetic and go
 through cuBLAS, with fused kernels between the products.
 """
@@ -11,6 +11,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from nanovllm_core.attention import AttentionBackend
+from nanovllm_core.attention.triton_backend import TritonBackend
 from nanovllm_core.batch import ForwardBatch
 from nanovllm_core.kernels.add_rms_norm import add_rms_norm, rms_norm
 from nanovllm_core.kernels.device import supports_dependent_launch
@@ -177,12 +178,16 @@ class FusedModel:
         norm_weights: tuple[Tensor | None, Tensor | None] = (None, None)
         if module.qk_norm:
             norm_weights = (module.query_norm.weight, module.key_norm.weight)
+        rotation = (rotary.cos, rotary.sin)
+        if not batch.prefill_lens and isinstance(attention, TritonBackend):
+            attended = attention.decode_qkv(index, qkv, norm_weights, rotation, cache, batch)
+            if attended is not None:
+                return attended.flatten(1)
         query = qk_norm_rope_cache(
             qkv,
             *norm_weights,
             self._eps,
-            rotary.cos,
-            rotary.sin,
+            *rotation,
             batch.positions,
             batch.slot_mapping,
             cache.key[index],

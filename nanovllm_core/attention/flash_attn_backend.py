@@ -54,6 +54,20 @@ class FlashAttnBackend(TritonBackend):
         self._key_start = torch.tensor(starts, dtype=torch.int32, device=self.device)
         self._max_context_len = max(batch.prefill_context_lens)
 
+    def decode_qkv(
+        self,
+        layer: int,
+        qkv: Tensor,
+        norm_weights: tuple[Tensor | None, Tensor | None],
+        rotation: tuple[Tensor, Tensor],
+        cache: KVCache,
+        batch: ForwardBatch,
+    ) -> Tensor | None:
+        """See the base class; None where flash-attn decodes."""
+        if self._decodes(cache, qkv.shape[0]):
+            return None
+        return super().decode_qkv(layer, qkv, norm_weights, rotation, cache, batch)
+
     def prefill(
         self, layer: int, query: Tensor, cache: KVCache, batch: ForwardBatch, out: Tensor
     ) -> None:
@@ -81,7 +95,7 @@ class FlashAttnBackend(TritonBackend):
         self, layer: int, query: Tensor, cache: KVCache, block_tables: Tensor, context_lens: Tensor
     ) -> Tensor:
         """See the base class."""
-        if cache.block_size % _PAGE_MULTIPLE or query.shape[0] < _MIN_DECODE_SEQS:
+        if not self._decodes(cache, query.shape[0]):
             return super().decode(layer, query, cache, block_tables, context_lens)
         return flash_attn_with_kvcache(
             query.unsqueeze(1),
@@ -92,3 +106,7 @@ class FlashAttnBackend(TritonBackend):
             softmax_scale=self.scale,
             causal=True,
         ).squeeze(1)
+
+    @staticmethod
+    def _decodes(cache: KVCache, num_seqs: int) -> bool:
+        return cache.block_size % _PAGE_MULTIPLE == 0 and num_seqs >= _MIN_DECODE_SEQS

@@ -12,6 +12,7 @@ from nanovllm_core.kernels import launch
 from nanovllm_core.kernels.device import supports_dependent_launch
 from nanovllm_core.kernels.paged_decode import paged_decode_attention, paged_decode_workspace_size
 from nanovllm_core.kernels.paged_prefill import paged_prefill_attention
+from nanovllm_core.kernels.qkv_decode import qkv_decode_attention
 from nanovllm_core.kernels.workspace import Workspace
 from nanovllm_core.kv_cache import KVCache
 
@@ -57,6 +58,44 @@ class TritonBackend(AttentionBackend):
                 batch.context_lens[num_prefill:],
             )
         return out
+
+    def decode_qkv(
+        self,
+        layer: int,
+        qkv: Tensor,
+        norm_weights: tuple[Tensor | None, Tensor | None],
+        rotation: tuple[Tensor, Tensor],
+        cache: KVCache,
+        batch: ForwardBatch,
+    ) -> Tensor | None:
+        """Norm, rotation, cache write and attention of decode rows in one kernel.
+
+        Args:
+            layer: index of the layer.
+            qkv: [rows, (num_heads + 2 * num_kv_heads) * head_dim] of a batch without chunks.
+            norm_weights: of q and k, [head_dim] each or None.
+            rotation: tables of cos and sin.
+            cache, batch: as in `attend`.
+
+        Returns:
+            [rows, num_heads, head_dim], or None where this backend decodes in another way.
+        """
+        return qkv_decode_attention(
+            qkv,
+            *norm_weights,
+            self.config.rms_norm_eps,
+            *rotation,
+            batch.positions,
+            batch.slot_mapping,
+            cache.key[layer],
+            cache.value[layer],
+            batch.block_tables,
+            batch.context_lens,
+            self.config.num_heads,
+            self.scale,
+            self._workspace,
+            dependent=self._dependent,
+        )
 
     def prefill(
         self, layer: int, query: Tensor, cache: KVCache, batch: ForwardBatch, out: Tensor

@@ -61,12 +61,20 @@ def _combine_splits(partial_ptr, stats_ptr, SPLITS: tl.constexpr, BLOCK_D: tl.co
 
 
 @triton.jit
-def _decode_kernel(
-    q_ptr,
+def split_bounds(split, context_len, BLOCK_KV: tl.constexpr, SPLITS: tl.constexpr):
+    """First token of a split and the one behind its last; empty splits begin at or past the end."""
+    tiles_per_split = tl.cdiv(tl.cdiv(context_len, BLOCK_KV), SPLITS)
+    begin = split * tiles_per_split * BLOCK_KV
+    return begin, min(begin + tiles_per_split * BLOCK_KV, context_len)
+
+
+@triton.jit
+def attend_and_store(
+    q,
     key_ptr,
     value_ptr,
     block_tables_ptr,
-    context_lens_ptr,
+    context_len,
     out_ptr,
     partials_ptr,
     stats_ptr,
@@ -81,24 +89,17 @@ def _decode_kernel(
     PAGE: tl.constexpr,
     BLOCK_KV: tl.constexpr,
     SPLITS: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
-    start_dependents(DEPENDENT)
+    """This block's part of the attention of q [BLOCK_G, BLOCK_D], and the output if it is last."""
     kv_head = tl.program_id(0)
     split = tl.program_id(1)
     seq = tl.program_id(2).to(tl.int64)
-    context_len = tl.load(context_lens_ptr + seq)
-    tiles_per_split = tl.cdiv(tl.cdiv(context_len, BLOCK_KV), SPLITS)
-    begin = split * tiles_per_split * BLOCK_KV
-    end = min(begin + tiles_per_split * BLOCK_KV, context_len)
-
+    begin, end = split_bounds(split, context_len, BLOCK_KV, SPLITS)
     group = tl.arange(0, BLOCK_G)
     offs_d = tl.arange(0, BLOCK_D)
     first_head = seq * (NUM_KV_HEADS * GROUP) + kv_head * GROUP
     q_offsets = (first_head + group)[:, None] * HEAD_DIM + offs_d[None, :]
     q_mask = (group < GROUP)[:, None] & (offs_d < HEAD_DIM)[None, :]
-    q = tl.load(q_ptr + q_offsets, mask=q_mask, other=0.0)
-
     running_max = tl.full([BLOCK_G], float("-inf"), dtype=tl.float32)
     running_sum = tl.zeros([BLOCK_G], dtype=tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_D], dtype=tl.float32)
@@ -154,6 +155,62 @@ def _decode_kernel(
                 )
 
 
+@triton.jit
+def _decode_kernel(
+    q_ptr,
+    key_ptr,
+    value_ptr,
+    block_tables_ptr,
+    context_lens_ptr,
+    out_ptr,
+    partials_ptr,
+    stats_ptr,
+    counters_ptr,
+    scale_log2,
+    table_stride,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    SPLITS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    start_dependents(DEPENDENT)
+    seq = tl.program_id(2).to(tl.int64)
+    group = tl.arange(0, BLOCK_G)
+    offs_d = tl.arange(0, BLOCK_D)
+    first_head = seq * (NUM_KV_HEADS * GROUP) + tl.program_id(0) * GROUP
+    q = tl.load(
+        q_ptr + (first_head + group)[:, None] * HEAD_DIM + offs_d[None, :],
+        mask=(group < GROUP)[:, None] & (offs_d < HEAD_DIM)[None, :],
+        other=0.0,
+    )
+    attend_and_store(
+        q,
+        key_ptr,
+        value_ptr,
+        block_tables_ptr,
+        tl.load(context_lens_ptr + seq),
+        out_ptr,
+        partials_ptr,
+        stats_ptr,
+        counters_ptr,
+        scale_log2,
+        table_stride,
+        NUM_KV_HEADS,
+        GROUP,
+        BLOCK_G,
+        HEAD_DIM,
+        BLOCK_D,
+        PAGE,
+        BLOCK_KV,
+        SPLITS,
+    )
+
+
 def paged_decode_workspace_size(
     num_seqs: int, num_heads: int, num_kv_heads: int, head_dim: int, config: DecodeConfig
 ) -> tuple[int, int]:
@@ -163,6 +220,34 @@ def paged_decode_workspace_size(
         return 0, 0
     rows = num_seqs * num_heads * splits
     return rows * (triton.next_power_of_2(head_dim) + 2), num_seqs * num_kv_heads
+
+
+def split_buffers(
+    kernel: str,
+    num_seqs: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    config: DecodeConfig,
+    workspace: Workspace | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Accumulators, statistics and counters of a launch's splits; nothing if it has only one.
+
+    Raises:
+        KernelInputError: the workspace is missing or too small; names the kernel.
+    """
+    splits = config.num_splits(num_seqs, num_kv_heads)
+    if splits == 1:
+        return None, None, None
+    needed = paged_decode_workspace_size(num_seqs, num_heads, num_kv_heads, head_dim, config)
+    if workspace is None:
+        raise KernelInputError(
+            f"{kernel} splits {num_seqs} sequences {splits} ways and needs a workspace of "
+            f"{needed[0]} values and {needed[1]} counters"
+        )
+    workspace.require(kernel, *needed)
+    num_accumulated = num_seqs * num_heads * splits * triton.next_power_of_2(head_dim)
+    return workspace.partials, workspace.partials[num_accumulated:], workspace.counters
 
 
 def paged_decode_attention(
@@ -212,18 +297,9 @@ def paged_decode_attention(
         config = launch.choose_decode(num_seqs)
     splits = config.num_splits(num_seqs, num_kv_heads)
     block_d = triton.next_power_of_2(head_dim)
-    partials = stats = counters = None
-    if splits > 1:
-        needed = paged_decode_workspace_size(num_seqs, num_heads, num_kv_heads, head_dim, config)
-        if workspace is None:
-            raise KernelInputError(
-                f"paged_decode_attention splits {num_seqs} sequences {splits} ways and needs a "
-                f"workspace of {needed[0]} values and {needed[1]} counters"
-            )
-        workspace.require("paged_decode_attention", *needed)
-        partials = workspace.partials
-        stats = workspace.partials[num_seqs * num_heads * splits * block_d :]
-        counters = workspace.counters
+    buffers = split_buffers(
+        "paged_decode_attention", num_seqs, num_heads, num_kv_heads, head_dim, config, workspace
+    )
     group = num_heads // num_kv_heads
     _decode_kernel[(num_kv_heads, splits, num_seqs)](
         query,
@@ -232,9 +308,7 @@ def paged_decode_attention(
         block_tables,
         context_lens,
         out,
-        partials,
-        stats,
-        counters,
+        *buffers,
         scale * LOG2_E,
         block_tables.stride(0),
         NUM_KV_HEADS=num_kv_heads,

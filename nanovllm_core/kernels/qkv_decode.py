@@ -1,0 +1,259 @@
+"""Decode attention straight from the QKV projection: norm, rotation, cache write and attention.
+
+`qk_norm_rope_cache` and `paged_decode_attention` in one kernel, for one token per sequence. Every
+block of a (sequence, KV head) normalises and rotates its query heads anew, which costs less than
+a launch; the block whose split holds the new token also makes its key, writes key and value to
+the cache, and only then reads its tiles. No other block reads that position.
+
+Bytes moved: those of `paged_decode`, and the projection's row once per split instead of a query
+that passes through memory.
+"""
+
+# Triton writes compile-time parameters in capitals.
+# ruff: noqa: N803
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanovllm_core.kernels import launch
+from nanovllm_core.kernels.checks import (
+    KernelInputError,
+    require_dtype,
+    require_matrix,
+    require_row_values,
+    require_shape,
+)
+from nanovllm_core.kernels.device import start_dependents
+from nanovllm_core.kernels.launch import DecodeConfig
+from nanovllm_core.kernels.paged_decode import (
+    LOG2_E,
+    attend_and_store,
+    check_paged_arguments,
+    split_bounds,
+    split_buffers,
+)
+from nanovllm_core.kernels.workspace import Workspace
+
+
+@triton.jit
+def _rotated_heads(
+    heads_ptr,
+    mask,
+    weight_ptr,
+    cos_ptr,
+    sin_ptr,
+    eps,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    NORMED: tl.constexpr,
+):
+    """Norm and rotation of heads [n, BLOCK_D] in float32; heads_ptr points at each head's start.
+
+    The rotation pairs dimension d with d + D/2. Loading every element's partner beside it keeps the
+    layout that the attention's products need.
+    """
+    dims = tl.arange(0, BLOCK_D)
+    inside = dims < HEAD_DIM
+    half = HEAD_DIM // 2
+    partners = tl.where(dims < half, dims + half, dims - half)
+    whole = mask & inside[None, :]
+    x = tl.load(heads_ptr + dims[None, :], mask=whole, other=0.0).to(tl.float32)
+    partner = tl.load(heads_ptr + partners[None, :], mask=whole, other=0.0).to(tl.float32)
+    if NORMED:
+        scale = tl.rsqrt(tl.sum(x * x, axis=1) / HEAD_DIM + eps)[:, None]
+        weight = tl.load(weight_ptr + dims, mask=inside, other=0.0).to(tl.float32)
+        partner_weight = tl.load(weight_ptr + partners, mask=inside, other=0.0).to(tl.float32)
+        x = x * scale * weight[None, :]
+        partner = partner * scale * partner_weight[None, :]
+    angle = dims % half
+    cos = tl.load(cos_ptr + angle, mask=inside, other=0.0)
+    sin = tl.load(sin_ptr + angle, mask=inside, other=0.0)
+    signed_sin = tl.where(dims < half, -sin, sin)
+    return x * cos[None, :] + partner * signed_sin[None, :]
+
+
+@triton.jit
+def _qkv_decode_kernel(
+    qkv_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    cos_ptr,
+    sin_ptr,
+    positions_ptr,
+    slot_mapping_ptr,
+    key_ptr,
+    value_ptr,
+    block_tables_ptr,
+    context_lens_ptr,
+    out_ptr,
+    partials_ptr,
+    stats_ptr,
+    counters_ptr,
+    eps,
+    scale_log2,
+    table_stride,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    SPLITS: tl.constexpr,
+    NORMED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    start_dependents(DEPENDENT)
+    kv_head = tl.program_id(0)
+    split = tl.program_id(1)
+    seq = tl.program_id(2).to(tl.int64)
+    context_len = tl.load(context_lens_ptr + seq)
+    position = tl.load(positions_ptr + seq)
+    cos = cos_ptr + position * (HEAD_DIM // 2)
+    sin = sin_ptr + position * (HEAD_DIM // 2)
+    num_heads: tl.constexpr = NUM_KV_HEADS * GROUP
+    row = qkv_ptr + seq * ((num_heads + 2 * NUM_KV_HEADS) * HEAD_DIM)
+
+    begin, end = split_bounds(split, context_len, BLOCK_KV, SPLITS)
+    if (begin < end) & (end == context_len):
+        one = tl.arange(0, 1)
+        dims = tl.arange(0, BLOCK_D)
+        inside = (dims < HEAD_DIM)[None, :]
+        k_row = row + (num_heads + kv_head) * HEAD_DIM + one[:, None]
+        key = _rotated_heads(
+            k_row, one[:, None] == 0, k_weight_ptr, cos, sin, eps, HEAD_DIM, BLOCK_D, NORMED
+        )
+        v_row = row + (num_heads + NUM_KV_HEADS + kv_head) * HEAD_DIM + dims[None, :]
+        value = tl.load(v_row, mask=inside, other=0.0)
+        slot = tl.load(slot_mapping_ptr + seq)
+        target = (slot * NUM_KV_HEADS + kv_head) * HEAD_DIM + dims[None, :]
+        tl.store(key_ptr + target, key.to(key_ptr.dtype.element_ty), mask=inside)
+        tl.store(value_ptr + target, value, mask=inside)
+    # The tiles below hold what was just stored by other threads of this block.
+    tl.debug_barrier()
+
+    group = tl.arange(0, BLOCK_G)
+    q_rows = row + (kv_head * GROUP + group)[:, None] * HEAD_DIM
+    q = _rotated_heads(
+        q_rows, (group < GROUP)[:, None], q_weight_ptr, cos, sin, eps, HEAD_DIM, BLOCK_D, NORMED
+    )
+    attend_and_store(
+        q.to(key_ptr.dtype.element_ty),
+        key_ptr,
+        value_ptr,
+        block_tables_ptr,
+        context_len,
+        out_ptr,
+        partials_ptr,
+        stats_ptr,
+        counters_ptr,
+        scale_log2,
+        table_stride,
+        NUM_KV_HEADS,
+        GROUP,
+        BLOCK_G,
+        HEAD_DIM,
+        BLOCK_D,
+        PAGE,
+        BLOCK_KV,
+        SPLITS,
+    )
+
+
+def qkv_decode_attention(
+    qkv: Tensor,
+    q_norm_weight: Tensor | None,
+    k_norm_weight: Tensor | None,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    num_heads: int,
+    scale: float,
+    workspace: Workspace | None = None,
+    *,
+    config: DecodeConfig | None = None,
+    dependent: bool = False,
+) -> Tensor:
+    """Attention of one new token per sequence, whose KV it adds to the cache.
+
+    Args:
+        qkv: [num_seqs, (num_heads + 2 * num_kv_heads) * head_dim].
+        q_norm_weight, k_norm_weight: [head_dim] each, or both None for models without QK norm.
+        eps: the norms' epsilon.
+        cos, sin: [max_len, head_dim / 2] float32.
+        positions: [num_seqs] int64, below max_len.
+        slot_mapping: [num_seqs] int64: the cache slot of position context_lens - 1.
+        key_cache, value_cache, block_tables, context_lens: as in `paged_decode_attention`; rows
+            with a context of 0 write nothing and come out as zeros.
+        num_heads: query heads.
+        scale: factor on the scores.
+        workspace: needed where the launch splits the context, see `paged_decode_workspace_size`.
+        config: launch configuration; None takes `launch.PAGED_DECODE`'s.
+        dependent: programmatic dependent launch, see `rms_norm_linear`.
+
+    Returns:
+        [num_seqs, num_heads, head_dim] of qkv's dtype.
+
+    Raises:
+        KernelInputError: a shape, dtype or layout does not fit, or the workspace is missing.
+    """
+    num_seqs = qkv.shape[0]
+    block_size, num_kv_heads, head_dim = key_cache.shape[1:]
+    require_matrix("qkv", qkv, num_seqs, (num_heads + 2 * num_kv_heads) * head_dim)
+    out = torch.empty(num_seqs, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
+    check_paged_arguments(out, key_cache, value_cache, block_tables, context_lens, num_seqs)
+    require_row_values("positions", positions, num_seqs, torch.int64)
+    require_row_values("slot_mapping", slot_mapping, num_seqs, torch.int64)
+    for name, table in (("cos", cos), ("sin", sin)):
+        require_shape(name, table, (table.shape[0], head_dim // 2))
+        require_dtype(name, table, torch.float32)
+    if (q_norm_weight is None) != (k_norm_weight is None):
+        raise KernelInputError("q_norm_weight and k_norm_weight must be given together")
+    if num_seqs == 0:
+        return out
+    if config is None:
+        config = launch.choose_decode(num_seqs)
+    splits = config.num_splits(num_seqs, num_kv_heads)
+    block_d = triton.next_power_of_2(head_dim)
+    buffers = split_buffers(
+        "qkv_decode_attention", num_seqs, num_heads, num_kv_heads, head_dim, config, workspace
+    )
+    group = num_heads // num_kv_heads
+    _qkv_decode_kernel[(num_kv_heads, splits, num_seqs)](
+        qkv,
+        q_norm_weight,
+        k_norm_weight,
+        cos,
+        sin,
+        positions,
+        slot_mapping,
+        key_cache,
+        value_cache,
+        block_tables,
+        context_lens,
+        out,
+        *buffers,
+        eps,
+        scale * LOG2_E,
+        block_tables.stride(0),
+        NUM_KV_HEADS=num_kv_heads,
+        GROUP=group,
+        BLOCK_G=max(16, triton.next_power_of_2(group)),
+        HEAD_DIM=head_dim,
+        BLOCK_D=block_d,
+        PAGE=block_size,
+        BLOCK_KV=config.block_kv,
+        SPLITS=splits,
+        NORMED=q_norm_weight is not None,
+        DEPENDENT=dependent,
+        **config.options(dependent),
+    )
+    return out
