@@ -43,7 +43,7 @@ async def measure(
     """
     client = SaltedClient(address)
     async with client:
-        info, status = await client.model_info(), await client.server_status()
+        info = await client.model_info()
         results = []
         for workload in workloads(options, info.vocab_size, info.max_model_len):
             runs = []
@@ -53,6 +53,8 @@ async def measure(
                 if number >= 0:
                     runs.append(run)
             results.append(Result(workload, runs))
+        # After the runs: at first the scheduler may not have met its executor yet.
+        status = await client.server_status()
         server = {
             "model": {
                 "name": info.model_name,
@@ -61,7 +63,7 @@ async def measure(
                 "vocab_size": info.vocab_size,
                 "fingerprint": info.fingerprint,
             },
-            "status_before": asdict(status),
+            "status_after": asdict(status),
         }
     return results, server
 

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ) as error:
         print(f"throughput: {error}", file=sys.stderr)
         return 1
-    executor = server["status_before"]["executor"] or {}
+    executor = server["status_after"]["executor"] or {}
     print(
         f"{server['model']['name']} through gRPC, {executor.get('dtype')} on "
         f"{executor.get('device')}, attention {executor.get('attention_backend')}, "
