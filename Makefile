@@ -50,7 +50,7 @@ protos: $(DEV) ## Generate the stubs nanovllm/v1 from protos/
 	$(BIN)/python protos/generate.py
 
 bench: $(DEV) ## Measure throughput on this machine (MODEL=, ARGS= for the script)
-	$(BIN)/python benchmarks/throughput.py --model "$$MODEL" $(ARGS)
+	$(BIN)/python -m benchmarks.throughput --model "$$MODEL" $(ARGS)
 
 profile: ## Profile the executor's decode iterations with the python on the PATH (MODEL=, ARGS=)
 	$(PYTHON) -m benchmarks.profile_executor --model "$$MODEL" $(ARGS)
