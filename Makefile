@@ -31,7 +31,7 @@ demo: $(BASE) ## Start both services on this machine and stream an answer (PROMP
 	$(BIN)/nanovllm demo --model "$$MODEL" --prompt "$$PROMPT"
 
 test: $(DEV) ## Run the test suite on the CPU (ARGS= for pytest)
-	$(BIN)/python -m pytest -m 'not gpu' $(ARGS)
+	$(BIN)/python -m pytest $(ARGS)
 
 test-gpu: ## Run the GPU tests with the python on the PATH (ARGS= for pytest)
 	$(PYTHON) -m pytest -m gpu $(ARGS)
