@@ -11,8 +11,8 @@ from torch import Tensor
 
 from executor_service.batch_state import BatchState
 from executor_service.decode_graphs import DecodeGraphs, sampling_kind
-from executor_service.model_runner import DeviceStep, ModelRunner
-from executor_service.runner import PendingStep, SlotLogprobs, StepOutput
+from executor_service.model_runner import ModelRunner, StepLogprobs
+from executor_service.runner import PendingStep, StepOutput
 from executor_service.slots import Chunk, HostSlot, SlotTable
 from nanovllm_core.attention import AttentionBackend
 from nanovllm_core.fused_model import FusedModel
@@ -33,7 +33,7 @@ class _GpuStep:
     slots: list[int]
     # [2, rows] int32 on the host: tokens and finish flags; more rows than slots are padding.
     results: Tensor
-    logprobs: "_HostLogprobs | None"
+    logprobs: StepLogprobs | None
     from_graph: bool
     start: torch.cuda.Event
     end: torch.cuda.Event
@@ -55,27 +55,6 @@ class _GpuStep:
             idle_s=idle_s,
             from_graph=self.from_graph,
         )
-
-
-@dataclass(slots=True)
-class _HostLogprobs:
-    """Log-probabilities of an iteration in pinned memory; `counts` is -1 for who wants none."""
-
-    slots: list[int]
-    counts: list[int]
-    chosen: Tensor
-    top_token_ids: Tensor
-    top_logprobs: Tensor
-
-    def per_slot(self) -> list[SlotLogprobs]:
-        """Each slot with as many entries as it asked for."""
-        chosen = self.chosen.tolist()
-        top_token_ids, top_logprobs = self.top_token_ids.tolist(), self.top_logprobs.tolist()
-        return [
-            SlotLogprobs(slot, chosen[row], top_token_ids[row][:count], top_logprobs[row][:count])
-            for row, (slot, count) in enumerate(zip(self.slots, self.counts, strict=True))
-            if count >= 0
-        ]
 
 
 class CudaRunner:
@@ -120,9 +99,9 @@ class CudaRunner:
             step = self._eager.run(chunks, decode_slots, slots)
             sampled_slots = step.slots
             results = step.results()
-            logprobs = _copy_logprobs(step, slots)
-        host = torch.empty(results.shape, dtype=torch.int32, pin_memory=True)
-        host.copy_(results, non_blocking=True)
+            on_device = step.logprobs(slots)
+            logprobs = on_device.map(_to_host) if on_device is not None else None
+        host = _to_host(results)
         end.record()
         return _GpuStep(sampled_slots, host, logprobs, from_graph, start, end, self._timeline)
 
@@ -137,24 +116,7 @@ class CudaRunner:
         )
 
 
-def _copy_logprobs(step: DeviceStep, slots: SlotTable) -> _HostLogprobs | None:
-    sampled = step.sampled
-    if (
-        sampled is None
-        or sampled.chosen_logprobs is None
-        or sampled.top_token_ids is None
-        or sampled.top_logprobs is None
-    ):
-        return None
-
-    def to_host(tensor: Tensor) -> Tensor:
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return host.copy_(tensor, non_blocking=True)
-
-    return _HostLogprobs(
-        slots=step.slots,
-        counts=[slots[slot].sampling.num_logprobs for slot in step.slots],
-        chosen=to_host(sampled.chosen_logprobs),
-        top_token_ids=to_host(sampled.top_token_ids),
-        top_logprobs=to_host(sampled.top_logprobs),
-    )
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy on its way to pinned memory; there once the device has passed this point."""
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)

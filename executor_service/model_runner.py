@@ -6,6 +6,7 @@ Used by the worker thread only.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -55,6 +56,56 @@ class DeviceStep:
             return torch.empty(2, 0, dtype=torch.int32, device=self.flags.device)
         return torch.stack([self.sampled.token_ids, self.flags.to(torch.int32)])
 
+    def logprobs(self, table: SlotTable) -> "StepLogprobs | None":
+        """Log-probabilities, if a slot asked for them."""
+        sampled = self.sampled
+        if (
+            sampled is None
+            or sampled.chosen_logprobs is None
+            or sampled.top_token_ids is None
+            or sampled.top_logprobs is None
+        ):
+            return None
+        return StepLogprobs(
+            self.slots,
+            [table[slot].sampling.num_logprobs for slot in self.slots],
+            sampled.chosen_logprobs,
+            sampled.top_token_ids,
+            sampled.top_logprobs,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StepLogprobs:
+    """Log-probabilities of an iteration; one row per slot."""
+
+    slots: list[int]
+    # Number of most probable tokens that each slot wants; -1: none at all.
+    counts: list[int]
+    chosen: Tensor
+    top_token_ids: Tensor
+    top_logprobs: Tensor
+
+    def map(self, move: Callable[[Tensor], Tensor]) -> "StepLogprobs":
+        """The same with its tensors elsewhere."""
+        return StepLogprobs(
+            self.slots,
+            self.counts,
+            move(self.chosen),
+            move(self.top_token_ids),
+            move(self.top_logprobs),
+        )
+
+    def per_slot(self) -> list[SlotLogprobs]:
+        """Each slot that asked, with as many entries as it asked for."""
+        chosen = self.chosen.tolist()
+        top_token_ids, top_logprobs = self.top_token_ids.tolist(), self.top_logprobs.tolist()
+        return [
+            SlotLogprobs(slot, chosen[row], top_token_ids[row][:count], top_logprobs[row][:count])
+            for row, (slot, count) in enumerate(zip(self.slots, self.counts, strict=True))
+            if count >= 0
+        ]
+
 
 @dataclass(frozen=True, slots=True)
 class FinishedStep:
@@ -95,13 +146,14 @@ class ModelRunner:
         idle_s = started_s - self._ended_s
         step = self.run(chunks, decode_slots, slots)
         token_ids, flags = step.results().tolist()
+        logprobs = step.logprobs(slots)
         self._ended_s = time.monotonic()
         return FinishedStep(
             StepOutput(
                 slots=step.slots,
                 token_ids=token_ids,
                 finish_flags=flags,
-                logprobs=_logprobs(step, slots),
+                logprobs=logprobs.per_slot() if logprobs is not None else [],
                 busy_s=self._ended_s - started_s,
                 idle_s=idle_s,
             )
@@ -280,22 +332,3 @@ def _runs(values: RowValues) -> Tensor:
     """Which decode rows really decode, [rows] bool: neither finished nor out of blocks."""
     has_room = values.ints("num_computed") < values.ints("capacity")
     return (values.ints("active") > 0) & has_room
-
-
-def _logprobs(step: DeviceStep, slots: SlotTable) -> list[SlotLogprobs]:
-    sampled = step.sampled
-    if (
-        sampled is None
-        or sampled.chosen_logprobs is None
-        or sampled.top_token_ids is None
-        or sampled.top_logprobs is None
-    ):
-        return []
-    chosen = sampled.chosen_logprobs.tolist()
-    top_token_ids = sampled.top_token_ids.tolist()
-    top_logprobs = sampled.top_logprobs.tolist()
-    return [
-        SlotLogprobs(slot, chosen[row], top_token_ids[row][:count], top_logprobs[row][:count])
-        for row, slot in enumerate(step.slots)
-        if (count := slots[slot].sampling.num_logprobs) >= 0
-    ]
