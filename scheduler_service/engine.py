@@ -8,12 +8,12 @@ import asyncio
 import itertools
 import logging
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from scheduler_service.completion import Completion, Delta
+from scheduler_service.delivery import DeliveryQueue
 from scheduler_service.detokenizer import IncrementalDetokenizer, StopMatcher
 from scheduler_service.errors import (
     DeadlineError,
@@ -21,10 +21,10 @@ from scheduler_service.errors import (
     ExecutorFailedError,
     InvalidFieldError,
     NeverFitsError,
-    NoExecutorError,
     QueueFullError,
     RequestError,
 )
+from scheduler_service.executor_absence import ExecutorAbsence
 from scheduler_service.metrics import SchedulerMetrics
 from scheduler_service.model_spec import ModelSpec
 from scheduler_service.plan import Plan, StepResult
@@ -75,9 +75,6 @@ class Engine:
 
     # What a client that was refused for a full queue should wait; queues drain in seconds.
     _RETRY_AFTER_S = 1.0
-    # Requests that are told of new tokens in one turn of the event loop. Each then makes and writes
-    # a delta; with hundreds at once, results and plans would wait for all of them.
-    _DELIVERIES_PER_TURN = 4
 
     def __init__(
         self,
@@ -101,12 +98,11 @@ class Engine:
         self._sequence_ids = map(SequenceId, itertools.count())
         self._send: SendPlan | None = None
         self._plan_scheduled = False
-        self._undelivered: deque[LiveRequest] = deque()
+        self._deliveries = DeliveryQueue()
         self._had_session = False
-        # While no executor is there: why, and since when.
-        self._executor_problem = "no executor has connected yet"
-        self._absence_timer: asyncio.TimerHandle | None = None
-        self._absent_for_too_long = False
+        self._absence = ExecutorAbsence(
+            limits.executor_wait_timeout_s, self._on_executor_absent_for_too_long
+        )
 
     @property
     def max_model_len(self) -> int:
@@ -116,7 +112,7 @@ class Engine:
 
     def start(self) -> None:
         """Starts the clock on the first connection."""
-        self._start_absence_timer()
+        self._absence.begin()
 
     # Requests
 
@@ -213,7 +209,7 @@ class Engine:
         if request is None:
             return False
         self._finish_all(request, FinishReason.ABORT)
-        self._tell(request)
+        self._deliveries.tell(request)
         return True
 
     def _check_id(self, request_id: str) -> None:
@@ -223,8 +219,8 @@ class Engine:
             )
 
     def _check_executor(self) -> None:
-        if self._absent_for_too_long:
-            raise self._no_executor_error()
+        if self._absence.is_too_long:
+            raise self._absence.error()
 
     def _check_queue(self, num_new: int) -> None:
         waiting = self.scheduler.num_waiting + self._num_reserved_seqs
@@ -317,7 +313,7 @@ class Engine:
     def _fail(self, request: LiveRequest, error: RequestError) -> None:
         request.error = error
         self._finish_all(request, FinishReason.ERROR)
-        self._tell(request)
+        self._deliveries.tell(request)
 
     def _never_fits(self, seq: Sequence) -> NeverFitsError:
         capacity = self.scheduler.capacity
@@ -336,8 +332,7 @@ class Engine:
 
     def on_connected(self, capacity: ExecutorCapacity, send: SendPlan) -> None:
         """A session is open: all slots are free, the cache is empty."""
-        self._stop_absence_timer()
-        self._absent_for_too_long = False
+        self._absence.end()
         if self._had_session:
             self._metrics.executor_restarts.inc()
         self._had_session = True
@@ -355,7 +350,7 @@ class Engine:
 
     def on_disconnected(self, problem: str) -> None:
         """The session is over. Running requests wait for the next one."""
-        self._executor_problem = problem
+        self._absence.problem = problem
         if self._send is None:
             return
         self._send = None
@@ -366,14 +361,14 @@ class Engine:
                 # Ended by a result whose successor broke the protocol, which ended the session.
                 if completion.seq.is_finished and completion.seq.seq_id in self._owners:
                     self._on_finished(completion)
-                    self._tell(request)
+                    self._deliveries.tell(request)
             if any(
                 not completion.seq.is_finished and completion.seq.num_executor_losses > limit
                 for completion in request.completions
             ):
                 message = f"the executor was lost more than {limit} times during this request"
                 self._fail(request, ExecutorFailedError(message))
-        self._start_absence_timer()
+        self._absence.begin()
 
     def on_results(self, results: Iterable[StepResult]) -> None:
         """Takes in results in order. Raises ExecutorProtocolError."""
@@ -394,27 +389,8 @@ class Engine:
             record_tokens(self._metrics, completion, count, now_s)
             if completion.seq.is_finished:
                 self._on_finished(completion)
-            self._tell(request)
+            self._deliveries.tell(request)
         self._plan_now()
-
-    # Delivery
-
-    def _tell(self, request: LiveRequest) -> None:
-        """Lets a request know soon that it may have something to send."""
-        if request.is_queued:
-            return
-        request.is_queued = True
-        if not self._undelivered:
-            asyncio.get_running_loop().call_soon(self._deliver)
-        self._undelivered.append(request)
-
-    def _deliver(self) -> None:
-        for _ in range(min(self._DELIVERIES_PER_TURN, len(self._undelivered))):
-            request = self._undelivered.popleft()
-            request.is_queued = False
-            request.changed.set()
-        if self._undelivered:
-            asyncio.get_running_loop().call_soon(self._deliver)
 
     # Planning
 
@@ -431,28 +407,8 @@ class Engine:
         while (plan := self.scheduler.schedule(time.monotonic())) is not None:
             self._send(plan)
 
-    # Absence of an executor
-
-    def _start_absence_timer(self) -> None:
-        self._stop_absence_timer()
-        self._absence_timer = asyncio.get_running_loop().call_later(
-            self._limits.executor_wait_timeout_s, self._on_absent_for_too_long
-        )
-
-    def _stop_absence_timer(self) -> None:
-        if self._absence_timer is not None:
-            self._absence_timer.cancel()
-            self._absence_timer = None
-
-    def _on_absent_for_too_long(self) -> None:
-        self._absent_for_too_long = True
+    def _on_executor_absent_for_too_long(self) -> None:
         for request in list(self._requests.values()):
             # One that is finished lacks nothing but a reader that takes its last deltas.
             if not request.is_finished:
-                self._fail(request, self._no_executor_error())
-
-    def _no_executor_error(self) -> NoExecutorError:
-        return NoExecutorError(
-            f"no executor for {self._limits.executor_wait_timeout_s:g} s: {self._executor_problem}",
-            self._RETRY_AFTER_S,
-        )
+                self._fail(request, self._absence.error())
