@@ -30,7 +30,7 @@ from benchmarks.through_grpc import load_requests
 from benchmarks.workloads import Request, Workload
 from nanovllm.aio import AsyncClient
 from nanovllm.cli.options import positive_int
-from nanovllm.load import LoadReport, run_load
+from nanovllm.load import GrpcTarget, LoadReport, run_load
 from nanovllm.model_store import resolve_model
 from nanovllm.services import LocalServices
 
@@ -156,7 +156,7 @@ def _compare_streams(
 async def _run_ours(address: str, workload: Workload) -> float:
     async with AsyncClient(address) as client:
         requests = load_requests(workload, text=True)
-        timings = await run_load(client, requests, len(requests))
+        timings = await run_load(GrpcTarget(client), requests, len(requests))
     return check_run(workload, LoadReport.of(timings)).output_tokens_per_s
 
 

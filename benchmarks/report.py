@@ -77,9 +77,9 @@ class Result:
 
 def check_run(workload: Workload, report: LoadReport) -> LoadReport:
     """Returns the report. Raises RequestsFailedError unless every token that was due came."""
-    if report.num_failed:
+    if num_bad := report.num_requests - report.num_complete:
         raise RequestsFailedError(
-            f"{workload.name}: {report.num_failed} of {report.num_requests} requests failed: "
+            f"{workload.name}: {num_bad} of {report.num_requests} requests failed: "
             f"{report.errors[0]}"
         )
     if report.num_output_tokens != workload.num_output_tokens:

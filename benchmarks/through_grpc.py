@@ -9,23 +9,9 @@ from benchmarks.executor_counters import ExecutorCounters
 from benchmarks.options import workloads
 from benchmarks.report import Result, Run, check_run
 from benchmarks.workloads import Workload
-from nanovllm.aio import AsyncClient, AsyncDeltaStream
-from nanovllm.load import LoadReport, LoadRequest, run_load
+from nanovllm.aio import AsyncClient
+from nanovllm.load import GrpcTarget, LoadReport, LoadRequest, run_load
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.v1 import inference_pb2 as pb
-
-
-class SaltedClient(AsyncClient):
-    """Gives each run a cache of its own: prefixes of an earlier run must not help the next."""
-
-    salt = ""
-
-    def start(
-        self, request: pb.GenerateRequest, *, timeout_s: float | None = None
-    ) -> AsyncDeltaStream:
-        """See AsyncClient."""
-        request.cache_salt = self.salt
-        return super().start(request, timeout_s=timeout_s)
 
 
 async def measure(
@@ -41,15 +27,15 @@ async def measure(
         RequestsFailedError: A request failed.
         NanovllmError: The server does not answer.
     """
-    client = SaltedClient(address)
-    async with client:
+    async with AsyncClient(address) as client:
         info = await client.model_info()
         results = []
         for workload in workloads(options, info.vocab_size, info.max_model_len):
             runs = []
             for number in range(0 if options.no_warm_up else -1, options.runs):
-                client.salt = f"{workload.name} {number}"
-                run = await _run(client, workload, not options.no_text, executor_metrics_url)
+                # A cache of its own: prefixes of an earlier run must not help the next.
+                target = GrpcTarget(client, cache_salt=f"{workload.name} {number}")
+                run = await _run(target, workload, not options.no_text, executor_metrics_url)
                 if number >= 0:
                     runs.append(run)
             results.append(Result(workload, runs))
@@ -69,11 +55,11 @@ async def measure(
 
 
 async def _run(
-    client: AsyncClient, workload: Workload, text: bool, executor_metrics_url: str | None
+    target: GrpcTarget, workload: Workload, text: bool, executor_metrics_url: str | None
 ) -> Run:
     requests = load_requests(workload, text)
     before = await _counters(executor_metrics_url)
-    timings = await run_load(client, requests, len(requests))
+    timings = await run_load(target, requests, len(requests))
     after = await _counters(executor_metrics_url)
     report = check_run(workload, LoadReport.of(timings))
     return Run(report, None if before is None or after is None else after.since(before))

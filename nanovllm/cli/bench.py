@@ -1,133 +1,170 @@
-"""`nanovllm bench`: closed-loop load on a running server."""
+"""`nanovllm bench`: load on a running server; docs/benchmarking.md explains the figures."""
 
 import argparse
 import asyncio
 import json
-import random
-from pathlib import Path
-from typing import TYPE_CHECKING
+import os
+import sys
+from contextlib import AsyncExitStack
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from nanovllm.aio import AsyncClient
-from nanovllm.cli.options import CommandError, add_address, positive_int
-from nanovllm.load import LoadReport, LoadRequest, Percentiles, RequestTiming, run_load
-from nanovllm.requests import Prompt
-from nanovllm.sampling_params import SamplingParams
-from nanovllm.server_info import ModelInfo
+from nanovllm import __version__
+from nanovllm.cli.bench_options import (
+    API_KEY_VARIABLE,
+    add_load_options,
+    add_openai_options,
+    add_report_options,
+    add_workload_options,
+)
+from nanovllm.cli.bench_plan import Plan, ServerLimits, make_plan
+from nanovllm.cli.connection import add_connection, connect_async
+from nanovllm.cli.options import CommandError
+from nanovllm.load.chart import run_charts
+from nanovllm.load.report import LoadReport
+from nanovllm.load.runner import OnDone, run_closed, run_open
+from nanovllm.load.summary import format_report
+from nanovllm.load.target import GrpcTarget, Target
+from nanovllm.load.timeline import timeline
+from nanovllm.load.timing import RequestTiming
 
 if TYPE_CHECKING:
     from nanovllm.cli.options import Commands
+
+_SERIES_INTERVAL_S = 1.0
+_DESCRIPTION = """\
+Sends requests and reports time to first token (TTFT), inter-token latency (ITL), time per output
+token (TPOT), latency of whole requests (E2E), throughput and goodput. A closed loop keeps
+CONCURRENCY users busy; with --rate or --trace it is an open loop, in which requests come when they
+are due and latencies count from then. See docs/benchmarking.md.
+"""
 
 
 def add_command(commands: "Commands") -> None:
     """Adds the command to the parser."""
     parser = commands.add_parser(
-        "bench",
-        help="measure latency and throughput",
-        description=(
-            "Keeps CONCURRENCY requests under way until NUM_REQUESTS are done and reports time to "
-            "first token (TTFT), inter-token latency (ITL), latency of whole requests (E2E) and "
-            "throughput. Every request generates exactly OUTPUT_LEN tokens."
-        ),
+        "bench", help="measure latency and throughput", description=_DESCRIPTION
     )
-    add_address(parser)
-    parser.add_argument("--num-requests", type=positive_int, default=64, metavar="N")
-    parser.add_argument("--concurrency", type=positive_int, default=8, metavar="N")
-    parser.add_argument(
-        "--input-len", type=positive_int, default=128, metavar="N", help="random ids per prompt"
-    )
-    parser.add_argument("--output-len", type=positive_int, default=128, metavar="N")
-    parser.add_argument("--prompt", metavar="TEXT", help="the same text for all, not random ids")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default: 0")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random prompts")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report to FILE")
+    add_connection(parser)
+    add_load_options(parser.add_argument_group("load"))
+    add_workload_options(parser.add_argument_group("workload"))
+    add_openai_options(parser.add_argument_group("other servers"))
+    add_report_options(parser.add_argument_group("report"))
     parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> int:
-    report = asyncio.run(_measure(options))
+    plan, target_info, timings = asyncio.run(_measure(options))
+    report = LoadReport.of(timings, options.slo)
     print(format_report(report))
+    if num_unsent := plan.num_requests - len(timings):
+        print(f"not sent        {num_unsent} later turns of sessions that failed")
+    charts = "" if options.no_plot else run_charts(timings)
+    if charts and _can_print(charts):
+        print(f"\n{charts}")
     if options.json is not None:
-        workload = {
-            name: getattr(options, name)
-            for name in (
-                "num_requests",
-                "concurrency",
-                "input_len",
-                "output_len",
-                "prompt",
-                "temperature",
-                "seed",
-            )
+        document = {
+            "tool": f"nanovllm bench {__version__}",
+            "target": target_info,
+            "config": plan.config,
+            "report": report.as_dict(),
+            "series_interval_s": _SERIES_INTERVAL_S,
+            "series": [asdict(point) for point in timeline(timings, _SERIES_INTERVAL_S)],
+            "requests": [timing.as_dict() for timing in timings],
         }
-        document = {"workload": workload, "report": report.as_dict()}
-        options.json.write_text(json.dumps(document, indent=2) + "\n")
-    if report.num_failed:
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
+    if report.num_failed or not report.num_complete:
+        num_bad = report.num_requests - report.num_complete
         raise CommandError(
-            f"{report.num_failed} of {report.num_requests} requests failed: {report.errors[0]}"
+            f"{num_bad} of {report.num_requests} requests failed: {report.errors[0]}"
         )
     return 0
 
 
-async def _measure(options: argparse.Namespace) -> LoadReport:
-    async with AsyncClient(options.address) as client:
-        requests = _requests(options, await client.model_info())
-        num_tokens = 0
-        with tqdm(total=len(requests), desc="requests", disable=None) as bar:
+async def _measure(
+    options: argparse.Namespace,
+) -> tuple[Plan, dict[str, Any], list[RequestTiming]]:
+    async with AsyncExitStack() as stack:
+        if options.openai is None:
+            if options.openai_model is not None or options.openai_body:
+                raise CommandError("--openai-model and --openai-body need --openai")
+            client = await stack.enter_async_context(connect_async(options))
+            info = await client.model_info()
+            plan = make_plan(options, ServerLimits(info.vocab_size, info.max_model_len))
+            target: Target = GrpcTarget(client, cache_salt=options.cache_salt)
+            target_info = {
+                "api": "nanovllm.v1",
+                "model": info.model_name,
+                "architecture": info.architecture,
+                "fingerprint": info.fingerprint,
+            }
+        else:
+            plan = make_plan(options, ServerLimits())
+            target = await _openai_target(options, stack)
+            target_info = {
+                "api": "openai",
+                "model": options.openai_model,
+                "body": options.openai_body,
+            }
+        if plan.warmup:
+            await run_closed(target, plan.warmup, plan.concurrency)
+        with tqdm(total=plan.num_requests, desc="requests", disable=None) as bar:
+            on_done = _progress(bar)
+            if plan.arrivals_s is None:
+                timings = await run_closed(target, plan.sessions, plan.concurrency, on_done=on_done)
+            else:
+                timings = await run_open(
+                    target,
+                    plan.sessions,
+                    plan.arrivals_s,
+                    max_outstanding=plan.max_outstanding,
+                    on_done=on_done,
+                )
+    return plan, target_info, timings
 
-            def on_done(timing: RequestTiming) -> None:
-                nonlocal num_tokens
-                num_tokens += timing.num_output_tokens
-                elapsed_s = bar.format_dict["elapsed"]
-                rate = num_tokens / elapsed_s if elapsed_s else 0.0
-                bar.set_postfix_str(f"{rate:.0f} tok/s", refresh=False)
-                bar.update()
 
-            timings = await run_load(client, requests, options.concurrency, on_done=on_done)
-    return LoadReport.of(timings)
-
-
-def _requests(options: argparse.Namespace, info: ModelInfo) -> list[LoadRequest]:
-    params = SamplingParams(
-        temperature=options.temperature,
-        seed=options.seed,
-        max_tokens=options.output_len,
-        ignore_eos=True,
-    )
-    if options.prompt is not None:
-        return [LoadRequest(options.prompt, params)] * options.num_requests
-    if options.input_len + options.output_len > info.max_model_len:
+async def _openai_target(options: argparse.Namespace, stack: AsyncExitStack) -> Target:
+    if options.openai_model is None:
+        raise CommandError("--openai needs --openai-model")
+    try:
+        # An optional extra; everybody else does without it.
+        from nanovllm.load.openai_target import OpenAITarget
+    except ImportError as error:
         raise CommandError(
-            f"--input-len {options.input_len} and --output-len {options.output_len} exceed the "
-            f"model's length of {info.max_model_len} tokens"
+            "--openai needs aiohttp; run pip install 'nanovllm-grpc[bench-openai]'"
+        ) from error
+    try:
+        target = OpenAITarget(
+            options.openai,
+            options.openai_model,
+            api_key=os.environ.get(API_KEY_VARIABLE),
+            extra_body=options.openai_body,
         )
-    generator = random.Random(options.seed)
-
-    def prompt() -> Prompt:
-        return generator.choices(range(info.vocab_size), k=options.input_len)
-
-    return [LoadRequest(prompt(), params) for _ in range(options.num_requests)]
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    return await stack.enter_async_context(target)
 
 
-def format_report(report: LoadReport) -> str:
-    """Returns the report as text, latencies in milliseconds."""
-    lines = [
-        f"requests        {report.num_requests} ({report.num_failed} failed) "
-        f"in {report.duration_s:.2f} s",
-        f"prompt tokens   {report.num_prompt_tokens} ({report.num_cached_tokens} cached)",
-        f"output tokens   {report.num_output_tokens}",
-        f"throughput      {report.output_tokens_per_s:.1f} output tok/s",
-        "latency (ms)         mean       p50       p95       p99",
-        _latency_line("TTFT", report.ttft_s),
-        _latency_line("ITL", report.itl_s),
-        _latency_line("E2E", report.e2e_s),
-    ]
-    return "\n".join(lines)
+def _progress(bar: "tqdm[Any]") -> OnDone:
+    num_tokens = 0
+
+    def on_done(timing: RequestTiming) -> None:
+        nonlocal num_tokens
+        num_tokens += timing.num_output_tokens
+        elapsed_s = bar.format_dict["elapsed"]
+        rate = num_tokens / elapsed_s if elapsed_s else 0.0
+        bar.set_postfix_str(f"{rate:.0f} tok/s", refresh=False)
+        bar.update()
+
+    return on_done
 
 
-def _latency_line(name: str, latency_s: Percentiles | None) -> str:
-    if latency_s is None:
-        return f"  {name:<13}{'no sample':>10}"
-    values = (latency_s.mean, latency_s.p50, latency_s.p95, latency_s.p99)
-    return f"  {name:<13}" + "".join(f"{value * 1e3:>10.2f}" for value in values)
+def _can_print(text: str) -> bool:
+    """Whether the terminal's encoding has the characters."""
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

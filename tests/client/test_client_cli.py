@@ -10,7 +10,7 @@ from google.rpc import code_pb2
 
 from nanovllm.cli import main
 from nanovllm.v1.inference_pb2 import FINISH_REASON_ABORT
-from tests.client.fake_server import error_status
+from tests.client.fake_server import error_status, overloaded
 
 
 def run(server, *arguments: str) -> int:
@@ -112,23 +112,33 @@ class TestChat:
 
 
 class TestBench:
-    def test_report_counts_every_token(self, server, capsys, tmp_path):
+    SMALL = ("--num-requests", "3", "--input-len", "4", "--output-len", "4")
+
+    def document(self, server, tmp_path, *arguments: str) -> dict:
+        """What --json writes."""
         path = tmp_path / "report.json"
+        assert run(server, "bench", *arguments, "--json", str(path)) == 0
+        return json.loads(path.read_text())
+
+    def test_report_counts_every_token(self, server, capsys, tmp_path):
         options = ["--num-requests", "6", "--concurrency", "2", "--input-len", "4"]
-        assert run(server, "bench", *options, "--output-len", "4", "--json", str(path)) == 0
-        document = json.loads(path.read_text())
-        assert document["workload"]["num_requests"] == 6
+        document = self.document(server, tmp_path, *options, "--output-len", "4")
+        assert document["config"]["workload"]["num_sessions"] == 6
         assert document["report"]["num_output_tokens"] == 24
         assert document["report"]["num_prompt_tokens"] == 24
+        assert document["report"]["prefix_hit_rate"] == 0.25
         assert document["report"]["ttft_s"]["p99"] > 0
-        assert "6 (0 failed)" in capsys.readouterr().out
+        assert sum(point["num_ends"] for point in document["series"]) == 6
+        assert len(document["requests"]) == 6
+        output = capsys.readouterr().out
+        assert "6 (0 refused, 0 failed)" in output
+        assert "TTFT p50 (ms) by time of arrival" in output
         assert server.service.most_live <= 2
 
     def test_prompts_depend_on_the_seed_alone(self, server):
         def prompts(seed: str) -> set[tuple[int, ...]]:
             server.service.requests.clear()
-            sizes = ["--num-requests", "3", "--input-len", "4", "--output-len", "4"]
-            run(server, "bench", *sizes, "--seed", seed)
+            run(server, "bench", *self.SMALL, "--seed", seed)
             return {tuple(request.token_ids.ids) for request in server.service.requests}
 
         first = prompts("1")
@@ -136,15 +146,127 @@ class TestBench:
         assert prompts("1") == first
         assert prompts("2") != first
 
+    def test_configuration_says_nothing_of_this_machine(self, server, tmp_path):
+        document = self.document(server, tmp_path, *self.SMALL)
+        text = json.dumps([document["target"], document["config"]])
+        assert server.address not in text
+        assert str(tmp_path) not in text
+
+    def test_an_open_loop_has_its_arrivals_and_an_objective(self, server, tmp_path, capsys):
+        options = [*self.SMALL, "--rate", "200", "--arrivals", "bursty", "--burstiness", "0.5"]
+        options += ["--max-outstanding", "2", "--slo", "e2e=100s", "--no-plot"]
+        document = self.document(server, tmp_path, *options)
+        assert document["config"]["arrivals"] == {
+            "kind": "bursty",
+            "rate": 200.0,
+            "burstiness": 0.5,
+        }
+        assert document["report"]["goodput"]["share"] == 1.0
+        output = capsys.readouterr().out
+        assert "100.0% (3 of 3) within E2E 100000 ms" in output
+        assert "over time" not in output
+        assert server.service.most_live <= 2
+
+    def test_warm_up_requests_are_sent_and_not_counted(self, server, tmp_path):
+        document = self.document(server, tmp_path, *self.SMALL, "--warmup", "2")
+        assert document["report"]["num_requests"] == 3
+        sent = [tuple(request.token_ids.ids) for request in server.service.requests]
+        assert len(set(sent)) == 5
+
+    def test_turns_resend_the_conversation_behind_a_common_prefix(self, server, tmp_path):
+        options = ["--turns", "2", "--prefix-groups", "1", "--prefix-len", "5"]
+        document = self.document(server, tmp_path, *self.SMALL, *options)
+        assert document["report"]["num_requests"] == 6
+        sent = [list(request.token_ids.ids) for request in server.service.requests]
+        firsts = [ids for ids in sent if len(ids) == 9]
+        assert len({tuple(ids[:5]) for ids in sent}) == 1
+        # The fake server answers with as many ids as the prompt has, counted from 0.
+        later = [ids for ids in sent if len(ids) == 22]
+        assert len(firsts) == len(later) == 3
+        for ids in later:
+            assert ids[:9] in firsts
+            assert ids[9:18] == list(range(9))
+
+    def test_a_trace_is_replayed(self, server, tmp_path):
+        trace = tmp_path / "trace.csv"
+        trace.write_text("arrival_s,prompt_tokens,output_tokens\n7,3,2\n7.2,5,4\n8,6,1\n")
+        options = ["--trace", str(trace), "--trace-scale", "10", "--num-requests", "2"]
+        document = self.document(server, tmp_path, *options)
+        sent = [
+            (len(r.token_ids.ids), r.sampling_params.max_tokens) for r in server.service.requests
+        ]
+        assert sent == [(3, 2), (5, 4)]
+        assert [r["started_s"] for r in document["requests"]] == [0.0, pytest.approx(0.02)]
+        assert document["config"]["workload"]["file"]["name"] == "trace.csv"
+
+    def test_prompts_of_a_file_are_sent_as_messages(self, server, tmp_path):
+        prompts = tmp_path / "p.jsonl"
+        prompts.write_text('"a b"\n{"prompt": "c", "output_tokens": 9}\n')
+        options = ["--prompts", str(prompts), "--chat", "--num-requests", "2"]
+        self.document(server, tmp_path, *options)
+        sent = {(r.chat.messages[0].content, r.sampling_params.max_tokens)
+                for r in server.service.requests}  # fmt: skip
+        assert sent == {("a b", 128), ("c", 9)}
+
     def test_failed_requests_make_the_command_fail(self, server, capsys):
         server.service.errors.append(error_status(code_pb2.INTERNAL, "it broke"))
         assert run(server, "bench", "--prompt", "a", "--num-requests", "2") == 1
         assert "1 of 2 requests failed: ServerError" in capsys.readouterr().err
 
+    def test_some_refusals_are_a_result_but_nothing_else_is_a_failure(self, server, capsys):
+        server.service.errors.append(overloaded(1.0))
+        assert run(server, "bench", "--prompt", "a", "--num-requests", "2") == 0
+        assert "1 RESOURCE_EXHAUSTED" in capsys.readouterr().out
+        server.service.errors.append(overloaded(1.0))
+        assert run(server, "bench", "--prompt", "a", "--num-requests", "1") == 1
+
     def test_requests_longer_than_the_model_are_refused_before_sending(self, server, capsys):
         assert run(server, "bench", "--input-len", "60", "--output-len", "5") == 1
         assert "exceed the model's length of 64" in capsys.readouterr().err
         assert not server.service.requests
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ("--trace missing.csv", "No such file"),
+            ("--prompt a --prompts b", "give one of"),
+            ("--trace t --rate 1", "--trace-scale instead of --rate"),
+            ("--trace-scale 2", "needs --trace"),
+            ("--arrivals uniform", "needs --rate"),
+            ("--rate 1 --burstiness 2", "needs --arrivals bursty"),
+            ("--rate 1 --concurrency 2", "--max-outstanding"),
+            ("--max-outstanding 2", "--concurrency"),
+            ("--prefix-len 2", "need each other"),
+            ("--prompt a --prefix-groups 1 --prefix-len 2", "for random prompts"),
+            ("--prompt a --input-len 2", "for random prompts"),
+            ("--trace t --turns 2", "no --turns"),
+            ("--prompt a --turns 2", "--turns needs"),
+            ("--think-time-s 1", "needs --turns"),
+            ("--chat", "needs --prompt"),
+            ("--prompts p --turns 2", "add --chat"),
+            ("--max-prompt-chars 2", "needs --prompts"),
+            ("--openai-model m", "need --openai"),
+            ("--vocab-size 257", "exceeds the model's vocabulary of 256"),
+            (f"--seed {2**64}", "seed must fit into 64 bits"),
+            (f"--output-len {2**40}", "max_tokens must fit into 32 bits"),
+        ],
+    )
+    def test_options_that_contradict_or_mean_nothing_are_one_line(
+        self, server, options, message, capsys
+    ):
+        assert run(server, "bench", *options.split()) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+        assert not server.service.requests
+
+    @pytest.mark.parametrize(
+        "option", ["--slo=ttft=5", "--rate=0", "--warmup=-1", "--think-time-s=nan"]
+    )
+    def test_values_that_mean_nothing_are_wrong_usage(self, server, option, capsys):
+        with pytest.raises(SystemExit) as caught:
+            run(server, "bench", option)
+        assert caught.value.code == 2
+        assert option.split("=")[0] in capsys.readouterr().err
 
 
 class TestInfo:

@@ -1,16 +1,16 @@
-"""The offline API and the load generator against a scripted server."""
+"""The offline API against a scripted server."""
 
 import asyncio
 import contextlib
 import time
+from typing import ClassVar
 
 import pytest
 from google.rpc import code_pb2
 
-from nanovllm import LLM, AsyncClient, Client, SamplingParams
+from nanovllm import LLM, Client, SamplingParams
 from nanovllm.errors import ServerError, UnavailableError
 from nanovllm.llm import executor_arguments
-from nanovllm.load import LoadReport, LoadRequest, Percentiles, RequestTiming, run_load
 from tests.client.fake_server import FakeServer, error_status, overloaded
 
 
@@ -18,6 +18,36 @@ from tests.client.fake_server import FakeServer, error_status, overloaded
 def llm(server):
     with LLM(address=server.address) as model:
         yield model
+
+
+class FakeServices:
+    """In the place of LocalServices: keeps what it was asked for, and has the fake server."""
+
+    address = ""
+    options: ClassVar[dict] = {}
+
+    def __init__(self, model: str, **options) -> None:
+        self.options.update(options)
+
+    def start(self) -> "FakeServices":
+        return self
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("chosen", [None, "debug"])
+def test_own_services_do_not_log_a_line_for_each_prompt_unless_asked_to(
+    server, monkeypatch: pytest.MonkeyPatch, chosen: str | None
+):
+    name = "NANOVLLM_SCHEDULER_LOG_LEVEL"
+    monkeypatch.delenv(name, raising=False)
+    if chosen is not None:
+        monkeypatch.setenv(name, chosen)
+    monkeypatch.setattr(FakeServices, "address", server.address)
+    monkeypatch.setattr("nanovllm.llm.LocalServices", FakeServices)
+    with LLM("a model"):
+        assert FakeServices.options["env"][name] == (chosen or "warning")
 
 
 class TestLLM:
@@ -91,59 +121,6 @@ class TestLLM:
     def test_engine_options_become_executor_arguments(self):
         options = {"max_model_len": 8, "enforce_eager": True, "dtype": None, "x": False}
         assert executor_arguments(options) == ["--max-model-len", "8", "--enforce-eager"]
-
-
-class TestLoad:
-    @pytest.fixture
-    def run(self, server):
-        def run(requests, concurrency):
-            async def measure():
-                async with AsyncClient(server.address) as client:
-                    return await run_load(client, requests, concurrency)
-
-            return asyncio.run(measure())
-
-        return run
-
-    def test_timings_come_in_the_order_of_the_requests(self, run):
-        requests = [LoadRequest("a " * count, SamplingParams()) for count in (5, 1, 3)]
-        timings = run(requests, 2)
-        assert [timing.num_output_tokens for timing in timings] == [5, 1, 3]
-        assert [len(timing.itl_s) for timing in timings] == [4, 0, 2]
-        for timing in timings:
-            assert timing.ttft_s is not None
-            assert 0 < timing.ttft_s <= timing.e2e_s
-            assert timing.ttft_s + sum(timing.itl_s) <= timing.e2e_s
-
-    def test_failed_request_does_not_end_the_run(self, run, server):
-        server.service.errors.append(error_status(code_pb2.INTERNAL, "it broke"))
-        timings = run([LoadRequest("a", SamplingParams())] * 3, 1)
-        assert [timing.error for timing in timings] == [
-            "ServerError: INTERNAL: it broke",
-            None,
-            None,
-        ]
-        report = LoadReport.of(timings)
-        assert (report.num_requests, report.num_failed, report.num_output_tokens) == (3, 1, 2)
-
-    def test_concurrency_below_one_is_refused(self, run):
-        with pytest.raises(ValueError, match="at least 1"):
-            run([LoadRequest("a", SamplingParams())], 0)
-
-    def test_throughput_is_over_the_whole_run(self):
-        timings = [
-            RequestTiming(0.5, ttft_s=0.1, e2e_s=1.0, num_output_tokens=10),
-            RequestTiming(1.0, ttft_s=0.3, e2e_s=1.5, num_output_tokens=30),
-        ]
-        report = LoadReport.of(timings)
-        assert report.duration_s == 2.0
-        assert report.output_tokens_per_s == 20.0
-        assert report.ttft_s == Percentiles(0.2, 0.2, pytest.approx(0.29), pytest.approx(0.298))
-        assert report.itl_s is None
-
-    def test_report_of_nothing_is_empty(self):
-        report = LoadReport.of([])
-        assert (report.duration_s, report.output_tokens_per_s, report.e2e_s) == (0.0, 0.0, None)
 
 
 def test_client_finds_a_server_that_came_back(server):
