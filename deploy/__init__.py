@@ -1,0 +1,1 @@
+"""How the services are deployed and watched: dashboards, rules, containers."""
