@@ -1,0 +1,170 @@
+"""The client of the admin service."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from types import TracebackType
+from typing import Any
+
+import grpc
+
+from nanovllm.access import Access
+from nanovllm.channel import UNARY_TIMEOUT_S, check_address
+from nanovllm.errors import client_error
+from nanovllm.tls import TlsConfig
+from nanovllm.v1 import admin_pb2 as pb
+from nanovllm.v1 import admin_pb2_grpc as pb_grpc
+
+
+class SequenceState(StrEnum):
+    """Where a completion stands."""
+
+    WAITING = "waiting"
+    PREFILLING = "prefilling"
+    DECODING = "decoding"
+    FINISHED = "finished"
+
+
+class LogLevel(StrEnum):
+    """Severity of log lines."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class LiveSequence:
+    """One completion of a live request."""
+
+    index: int
+    state: SequenceState
+    prompt_tokens: int
+    output_tokens: int
+    preemptions: int
+
+
+@dataclass(frozen=True, slots=True)
+class LiveRequest:
+    """A request that is not over yet."""
+
+    request_id: str
+    #: "token:NAME", "certificate:NAME", or an address without proof of identity.
+    caller: str
+    age_s: float
+    #: Empty while the prompt is being tokenized.
+    sequences: tuple[LiveSequence, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerState:
+    """What is under way at one moment."""
+
+    requests: tuple[LiveRequest, ...]
+    draining: bool
+
+
+class AdminClient:
+    """A connection to a scheduler's admin service. Threads may share it.
+
+    Methods raise NanovllmError, as those of `Client` do.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        token: str | None = None,
+        tls: TlsConfig | None = None,
+        insecure: bool = False,
+        timeout_s: float = UNARY_TIMEOUT_S,
+    ) -> None:
+        """Prepares a connection; the arguments are those of `Client`.
+
+        Raises:
+            ValueError: `address` is neither HOST:PORT nor unix:/path, or the token would cross a
+                network in plaintext.
+            TlsError: A file that `tls` names cannot be used.
+        """
+        self.address = check_address(address)
+        self._timeout_s = timeout_s
+        self._access = Access(token, tls, insecure=insecure)
+        self._channel = self._access.channel(address)
+        self._stub = pb_grpc.AdminServiceStub(self._channel)
+
+    def state(self) -> SchedulerState:
+        """Returns the live requests, oldest first."""
+        response = self._call(self._stub.GetState, pb.GetStateRequest())
+        return SchedulerState(
+            tuple(_live_request(item) for item in response.requests), response.draining
+        )
+
+    def abort(self, request_id: str, caller: str = "") -> int:
+        """Ends live requests, of one caller or of all; returns how many there were."""
+        request = pb.AbortRequestsRequest(request_id=request_id, caller=caller)
+        num_aborted: int = self._call(self._stub.AbortRequests, request).num_aborted
+        return num_aborted
+
+    def drain(self) -> int:
+        """Has new requests refused; returns how many are still live."""
+        num_live: int = self._call(self._stub.Drain, pb.DrainRequest()).num_live
+        return num_live
+
+    def undrain(self) -> None:
+        """Has new requests taken again."""
+        self._call(self._stub.Undrain, pb.UndrainRequest())
+
+    def flush_prefix_cache(self) -> int:
+        """Forgets cached prefixes that no request uses; returns how many KV blocks that freed."""
+        request = pb.FlushPrefixCacheRequest()
+        num_freed: int = self._call(self._stub.FlushPrefixCache, request).num_freed_kv_blocks
+        return num_freed
+
+    def set_log_level(self, level: LogLevel) -> LogLevel:
+        """Changes the least severe log lines that are printed; returns the level before."""
+        request = pb.SetLogLevelRequest(level=f"LOG_LEVEL_{level.name}")
+        previous = self._call(self._stub.SetLogLevel, request).previous_level
+        return LogLevel(_name(pb.LogLevel.Name(previous), "LOG_LEVEL_"))
+
+    def close(self) -> None:
+        """Closes the connection."""
+        self._channel.close()
+
+    def __enter__(self) -> "AdminClient":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _call(self, method: Any, request: Any) -> Any:
+        try:
+            return method(request, timeout=self._timeout_s, metadata=self._access.metadata)
+        except grpc.RpcError as error:
+            raise client_error(error, self.address) from error
+
+
+def _live_request(message: pb.LiveRequest) -> LiveRequest:
+    return LiveRequest(
+        message.request_id,
+        message.caller,
+        message.age_s,
+        tuple(
+            LiveSequence(
+                sequence.index,
+                SequenceState(_name(pb.SequenceState.Name(sequence.state), "SEQUENCE_STATE_")),
+                sequence.prompt_tokens,
+                sequence.output_tokens,
+                sequence.preemptions,
+            )
+            for sequence in message.sequences
+        ),
+    )
+
+
+def _name(constant: str, prefix: str) -> str:
+    return constant.removeprefix(prefix).lower()

@@ -1,0 +1,129 @@
+"""Options that say which server to talk to, and how, for every command that talks to one."""
+
+import argparse
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypedDict
+
+from nanovllm.aio import AsyncClient
+from nanovllm.channel import check_address
+from nanovllm.cli.options import CommandError
+from nanovllm.client import Client
+from nanovllm.tls import TlsConfig
+
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+ADDRESS_VARIABLE = "NANOVLLM_ADDRESS"
+TOKEN_VARIABLE = "NANOVLLM_TOKEN"
+
+
+class ClientArguments(TypedDict):
+    """Arguments that `Client` and `AsyncClient` have in common."""
+
+    token: str | None
+    tls: TlsConfig | None
+    insecure: bool
+
+
+def add_connection(
+    parser: argparse.ArgumentParser,
+    *,
+    server: str = "the scheduler",
+    default_address: str = DEFAULT_ADDRESS,
+    address_variable: str = ADDRESS_VARIABLE,
+) -> None:
+    """Adds --address and what protects the connection."""
+    parser.add_argument(
+        "--address",
+        type=_address,
+        default=os.environ.get(address_variable, default_address),
+        metavar="HOST:PORT",
+        help=f"{server}, also unix:/path (default: ${address_variable} or {default_address})",
+    )
+    group = parser.add_argument_group("security", "For servers with TLS or tokens.")
+    # Not the token itself: other users can read command lines.
+    _add_file(group, "--token-file", f"file with the token alone (default: ${TOKEN_VARIABLE})")
+    group.add_argument(
+        "--tls",
+        action="store_true",
+        default=bool(os.environ.get("NANOVLLM_TLS")),
+        help="use TLS; implied by the options below (default: $NANOVLLM_TLS)",
+    )
+    _add_file(group, "--tls-ca", "PEM authorities of the server; default: public ones")
+    _add_file(group, "--tls-cert", "PEM certificate of this client")
+    _add_file(group, "--tls-key", "its PEM private key")
+    group.add_argument(
+        "--tls-server-name",
+        default=os.environ.get("NANOVLLM_TLS_SERVER_NAME"),
+        metavar="NAME",
+        help="name in the server's certificate ($NANOVLLM_TLS_SERVER_NAME)",
+    )
+    group.add_argument(
+        "--insecure",
+        action="store_true",
+        default=bool(os.environ.get("NANOVLLM_INSECURE")),
+        help="let the token cross a network in plaintext (default: $NANOVLLM_INSECURE)",
+    )
+
+
+def connect(options: argparse.Namespace, *, timeout_s: float | None = None) -> Client:
+    """Returns a client for the options. Raises CommandError."""
+    with _command_errors():
+        return Client(options.address, timeout_s=timeout_s, **client_arguments(options))
+
+
+def connect_async(options: argparse.Namespace) -> AsyncClient:
+    """Returns an asyncio client for the options. Raises CommandError."""
+    with _command_errors():
+        return AsyncClient(options.address, **client_arguments(options))
+
+
+def client_arguments(options: argparse.Namespace) -> ClientArguments:
+    """Returns what the options say. Raises ValueError."""
+    named = (options.tls_ca, options.tls_cert, options.tls_key, options.tls_server_name)
+    tls = None
+    if options.tls or any(named):
+        tls = TlsConfig(
+            ca=options.tls_ca,
+            cert=options.tls_cert,
+            key=options.tls_key,
+            server_name=options.tls_server_name,
+        )
+    return ClientArguments(token=_token(options.token_file), tls=tls, insecure=options.insecure)
+
+
+def _token(path: Path | None) -> str | None:
+    if path is None:
+        return os.environ.get(TOKEN_VARIABLE) or None
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _add_file(group: "argparse._ArgumentGroup", option: str, meaning: str) -> None:
+    variable = "NANOVLLM" + option.removeprefix("-").replace("-", "_").upper()
+    default = os.environ.get(variable)
+    group.add_argument(
+        option,
+        type=Path,
+        default=Path(default) if default else None,
+        metavar="FILE",
+        help=f"{meaning} (${variable})",
+    )
+
+
+@contextmanager
+def _command_errors() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+
+
+def _address(text: str) -> str:
+    try:
+        return check_address(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
