@@ -9,7 +9,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "protos"))
 
-from generate import generate_stubs  # noqa: E402
+from generate import PROTO_PACKAGE, generate_stubs  # noqa: E402
 
 
 class BuildWithStubs(build_py):
@@ -17,6 +17,10 @@ class BuildWithStubs(build_py):
 
     def run(self) -> None:
         generate_stubs(ROOT)
+        package = ".".join(PROTO_PACKAGE.parts)
+        # Packages were looked for before; a fresh checkout has no stubs then.
+        if package not in self.packages:
+            self.packages.append(package)
         super().run()
 
 
