@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from nanovllm.v1 import inference_pb2
-from scheduler_service.engine import Engine, EngineLimits, LiveRequest
+from scheduler_service.engine import Engine, EngineLimits
+from scheduler_service.live_request import LiveRequest
 from scheduler_service.model_spec import DefaultSampling, ModelSpec
 from scheduler_service.plan import FINISH_NONE, Plan, StepResult
 from scheduler_service.request_metrics import EngineMetrics

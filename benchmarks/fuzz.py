@@ -32,23 +32,13 @@ from nanovllm.cli.options import positive_int
 from nanovllm.services import LocalServices, ServiceStartError
 from nanovllm.v1 import inference_pb2
 from tests.checkpoints import make_checkpoint
-from tests.fuzz.messages import mutated, random_request
+from tests.fuzz.messages import PROPER, mutated, random_request
 
 _METHOD = "/nanovllm.v1.InferenceService/Generate"
 _LIMIT_S = 60.0
 # Short, for many requests leave max_tokens out.
 _MODEL_LEN = 128
 _EXECUTOR_ARGS = ("--max-num-seqs=32", "--num-kv-blocks=512", "--dtype=float32", "--device=cpu")
-_PROPER = frozenset(
-    {
-        grpc.StatusCode.INVALID_ARGUMENT,
-        grpc.StatusCode.ALREADY_EXISTS,
-        grpc.StatusCode.RESOURCE_EXHAUSTED,
-        grpc.StatusCode.ABORTED,
-        grpc.StatusCode.CANCELLED,
-        grpc.StatusCode.DEADLINE_EXCEEDED,
-    }
-)
 _NUM_FAILURES_SHOWN = 10
 # Its indented lines, then the exception.
 _TRACEBACK = re.compile(r"^(Traceback.*\n)((?: .*\n)*)(.*)$", re.MULTILINE)
@@ -179,7 +169,7 @@ async def _send(send: Any, number: int, rng: random.Random, tally: Tally) -> Non
             await _read(call, num_reads, ended)
     except grpc.aio.AioRpcError as error:
         code = error.code()
-        tally.add(number, code.name, "" if code in _PROPER else error.details() or "no reason")
+        tally.add(number, code.name, "" if code in PROPER else error.details() or "no reason")
     except asyncio.CancelledError:
         if not call.cancelled():
             raise

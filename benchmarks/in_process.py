@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Sequence
 from itertools import count
-from types import TracebackType
 
 from benchmarks.executor_counters import ExecutorCounters
 from benchmarks.machine import describe_machine, machine_line
@@ -63,12 +62,7 @@ class InProcessEngine:
         self._worker.submit(OpenSession(self._session))
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._worker.stop()
 
     def run(self, workload: Workload, salt: str) -> Run:

@@ -88,6 +88,7 @@ def _measure(options: argparse.Namespace) -> tuple[list[Result], dict[str, Any]]
     with LocalServices(
         options.model,
         executor_args=options.executor_arg,
+        # A workload that is sent at once is meant to queue.
         scheduler_args=options.scheduler_arg,
         listen="tcp",
         metrics=True,

@@ -36,8 +36,6 @@ _QUIET = ("--log-level", "warning")
 _JSON = ("--log-format", "json")
 _BASELINE = "neither"
 _EXECUTOR_ARGS = ("--device=cpu", "--num-kv-blocks=1024", "--num-threads=1")
-# However busy the machine is, every request is to be served.
-_SCHEDULER_ARGS = ("--max-queue-wait-s=0",)
 _SPANS_PER_REQUEST = 4
 
 
@@ -100,7 +98,7 @@ def measure(options: argparse.Namespace, folder: Path) -> list[Variant]:
                     LocalServices(
                         model,
                         executor_args=_EXECUTOR_ARGS,
-                        scheduler_args=(*_SCHEDULER_ARGS, *variant.scheduler_args),
+                        scheduler_args=variant.scheduler_args,
                         log_dir=folder / variant.name,
                     )
                 )

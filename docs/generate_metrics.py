@@ -1,6 +1,6 @@
 """Writes docs/metrics.md from the metrics that the services define.
 
-python docs/generate_metrics.py
+python -m docs.generate_metrics
 """
 
 from collections.abc import Iterable
@@ -9,6 +9,7 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
 
+from docs.tables import markdown_table
 from executor_service.metrics import ExecutorMetrics
 from scheduler_service.metrics import SchedulerMetrics, buckets, vllm
 from scheduler_service.metrics.scheduler_metrics import PREFIX
@@ -109,7 +110,7 @@ def _table(families: Iterable[Metric]) -> str:
         (f"`{name(family)}`", family.type, _labels(family), unit(family), family.documentation)
         for family in families
     ]
-    return _markdown(("name", "type", "labels", "unit", "meaning"), rows)
+    return markdown_table(("name", "type", "labels", "unit", "meaning"), rows)
 
 
 def _vllm_table(families: Iterable[Metric]) -> str:
@@ -121,7 +122,7 @@ def _vllm_table(families: Iterable[Metric]) -> str:
         suffix = "_total" if family.type == "counter" else ""
         ours = f"`{PREFIX}{own.get(short, short)}{suffix}`"
         rows.append((f"`{name(family)}`", family.type, _labels(family, {"engine"}), ours))
-    return _markdown(("name", "type", "further labels", "the same as"), rows)
+    return markdown_table(("name", "type", "further labels", "the same as"), rows)
 
 
 def name(family: Metric) -> str:
@@ -147,14 +148,6 @@ def _labels(family: Metric, known: Iterable[str] = ()) -> str:
     if family.name.endswith("_info"):
         return ", ".join(f"`{label}`" for label in sorted(values))
     return "; ".join(f"`{label}`: {', '.join(values[label])}" for label in sorted(values))
-
-
-def _markdown(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    lines += [
-        f"| {' | '.join(row)} |".replace("|  |", "| |").replace("|  |", "| |") for row in rows
-    ]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

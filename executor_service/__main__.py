@@ -3,14 +3,15 @@
 import sys
 
 from executor_service.settings import ExecutorSettings
-from nanovllm.service_settings import StartupError, start_logging
+from nanovllm.logs import start_logging
+from nanovllm.service_settings import StartupError
 
 
 def main() -> int:
     """Runs the service; returns the exit code."""
     try:
         settings = ExecutorSettings.from_arguments(sys.argv[1:])
-        start_logging(settings.log_level)
+        start_logging(settings.log_level, settings.log_format)
         # Brings torch, which takes seconds; --help and a bad setting need not wait for it.
         from executor_service.server import serve
 

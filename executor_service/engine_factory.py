@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,19 @@ _GPU_BLOCK_SIZE = 64
 
 
 @dataclass(frozen=True, slots=True)
+class GpuMemory:
+    """What the model and its cache take of a GPU, in bytes."""
+
+    device: torch.device
+    weight_bytes: int
+    kv_cache_bytes: int
+
+    def reserved_bytes(self) -> int:
+        """What PyTorch has reserved in all; from any thread."""
+        return torch.cuda.memory_reserved(self.device)
+
+
+@dataclass(frozen=True, slots=True)
 class Engine:
     """A model that is ready to run."""
 
@@ -51,6 +65,9 @@ class Engine:
     device_name: str
     dtype_name: str
     attention_backend: str
+    model_load_s: float
+    # None on a CPU.
+    gpu_memory: GpuMemory | None
 
 
 def create_engine(directory: Path, settings: ExecutorSettings) -> Engine:
@@ -100,8 +117,11 @@ def _create_engine(directory: Path, settings: ExecutorSettings) -> Engine:
     )
     if attention.name != "torch" and (block_size < 16 or block_size & (block_size - 1)):
         raise StartupError(f"--block-size {block_size}: a GPU needs a power of two from 16")
+    load_start_s = time.monotonic()
     loaded = _load_with_progress(directory, config, dtype, device)
+    model_load_s = time.monotonic() - load_start_s
     model = loaded if attention.name == "torch" else _fuse(loaded)
+    weight_bytes = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     if device.type == "cuda":
         _warm_up(model, attention, config, max_num_batched_tokens, block_size, dtype, device)
     num_blocks = settings.num_kv_blocks or _fit_blocks(
@@ -124,6 +144,10 @@ def _create_engine(directory: Path, settings: ExecutorSettings) -> Engine:
         device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         dtype_name=str(dtype).removeprefix("torch."),
         attention_backend=attention.name,
+        model_load_s=model_load_s,
+        gpu_memory=GpuMemory(device, weight_bytes, cache.key.nbytes + cache.value.nbytes)
+        if device.type == "cuda"
+        else None,
     )
 
 

@@ -13,6 +13,7 @@ from executor_service.metrics import ExecutorMetrics
 from executor_service.plan_reader import PlanError, read_plan
 from executor_service.session import EndReason, Session
 from executor_service.worker import CloseSession, OpenSession, QueuedPlan, Worker
+from nanovllm.logs import fields
 from nanovllm.v1 import executor_pb2, executor_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
             attention_backend=self._engine.attention_backend,
             device=self._engine.device_name,
             has_session=self._worker.has_session,
+            num_active_slots=self._worker.num_active_slots,
         )
 
     def Execute(  # noqa: N802
@@ -73,13 +75,24 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
         )
         context.add_callback(lambda: self._worker.submit(CloseSession(session)))
         reader.start()
-        yield executor_pb2.ExecuteResponse(
-            session_started=executor_pb2.SessionStarted(epoch=self._epoch)
-        )
+        # While the device hangs there is no session; the scheduler finds out and its requests wait.
+        if session.wait_until_open():
+            yield executor_pb2.ExecuteResponse(
+                session_started=executor_pb2.SessionStarted(
+                    epoch=self._epoch, session_id=session.session_id
+                )
+            )
         while (results := session.take()) is not None:
-            yield executor_pb2.ExecuteResponse(step_results=results)
+            yield _response(results, session)
         reason = session.end_reason or EndReason.CLOSED
-        logger.info("session %x ended: %s", session.session_id, session.end_message)
+        logger.info(
+            "session ended",
+            extra=fields(
+                session_id=f"{session.session_id:x}",
+                reason=reason.value,
+                detail=session.end_message,
+            ),
+        )
         context.abort(_END_CODES[reason], session.end_message)
 
     def _open(
@@ -104,10 +117,15 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
                 grpc.StatusCode.FAILED_PRECONDITION,
                 "this executor was restarted; call GetExecutorInfo again",
             )
-        session = Session(first.start_session.session_id)
+        start = first.start_session
+        session = Session(
+            start.session_id,
+            start.heartbeat_interval_ms / 1000 if start.heartbeat_interval_ms else None,
+            self._metrics.results_queue_delay.observe,
+        )
         self._worker.submit(OpenSession(session))
         self._metrics.count_session()
-        logger.info("session %x opened", session.session_id)
+        logger.info("session opened", extra=fields(session_id=f"{session.session_id:x}"))
         return session
 
     def _read_plans(
@@ -129,6 +147,14 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
         finally:
             session.end(EndReason.CLOSED, message)
             self._worker.submit(CloseSession(session))
+
+
+def _response(results: executor_pb2.StepResults, session: Session) -> executor_pb2.ExecuteResponse:
+    if results.results:
+        return executor_pb2.ExecuteResponse(step_results=results)
+    return executor_pb2.ExecuteResponse(
+        heartbeat=executor_pb2.Heartbeat(num_iterations=session.num_iterations)
+    )
 
 
 def _refuse(context: grpc.ServicerContext, code: grpc.StatusCode, message: str) -> RuntimeError:

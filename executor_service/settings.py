@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from nanovllm.service_settings import ServiceSettings
+from nanovllm.service_settings import Address, ServiceSettings
 
 
 class ExecutorSettings(ServiceSettings):
@@ -15,7 +15,7 @@ class ExecutorSettings(ServiceSettings):
         env_prefix="NANOVLLM_EXECUTOR_", cli_prog_name="executor_service"
     )
 
-    listen: str = Field("127.0.0.1:50052", description="Address to serve on; port 0 picks one.")
+    listen: Address = Field("127.0.0.1:50052", description="Address to serve on; port 0 picks one.")
     metrics_port: int = Field(
         9402, ge=-1, le=65535, description="Port of /metrics; 0 picks one, -1 turns it off."
     )

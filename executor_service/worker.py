@@ -12,11 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from executor_service.batch_state import FINISH_NONE, FINISH_NOT_RUN, BatchState
-from executor_service.metrics import ExecutorMetrics
+from executor_service.metrics import ExecutorMetrics, StepKind, StepRecord
 from executor_service.plan_reader import PlanError, PlanOrder
 from executor_service.runner import PendingStep, Runner, StepOutput
 from executor_service.session import EndReason, Session
 from executor_service.slots import Chunk, SlotTable
+from nanovllm.logs import fields
 from nanovllm.v1 import executor_pb2
 from nanovllm.wire import pack_float32, pack_int32
 
@@ -61,7 +62,11 @@ class _Launched:
     session: Session
     iteration: int
     applied_step_id: int
-    kind: str
+    kind: StepKind
+    num_sequences: int
+    num_chunk_tokens: int
+    # Rows that sample because their prefill ends; the others decode.
+    num_completed: int
     # Owner of each slot at launch; results of a former owner must not touch the next one.
     generations: dict[int, int]
     # Whether a slot could have run since the end of the iteration before.
@@ -104,6 +109,11 @@ class Worker:
         """Whether a session is open; from any thread."""
         return self._session is not None
 
+    @property
+    def num_active_slots(self) -> int:
+        """Slots with an owner; from any thread."""
+        return self._slots.num_occupied
+
     def start(self) -> None:
         """Starts the thread."""
         self._thread.start()
@@ -136,7 +146,9 @@ class Worker:
         try:
             self._turn()
         except PlanError as error:
-            logger.warning("session %x: %s", self._session_id(), error)
+            logger.warning(
+                "plan refused", extra=fields(session_id=f"{self._session_id():x}", problem=error)
+            )
             self._end_session(EndReason.PROTOCOL, str(error))
         except Exception as error:
             logger.exception("an iteration failed")
@@ -160,6 +172,7 @@ class Worker:
                     self._end_session(EndReason.FENCED, "a newer session took over")
                     self._session = session
                     self._iteration = 0
+                    session.open()
                 case CloseSession(session):
                     if session is self._session:
                         self._end_session(EndReason.CLOSED, "the stream was closed")
@@ -219,6 +232,9 @@ class Worker:
                 iteration=self._iteration,
                 applied_step_id=self._slots.applied_step_id,
                 kind=_kind(chunks, decode_slots),
+                num_sequences=len(chunks) + len(decode_slots),
+                num_chunk_tokens=sum(chunk.num_tokens for chunk in chunks),
+                num_completed=len(completed),
                 generations={
                     slot: self._slots[slot].generation for slot in completed + decode_slots
                 },
@@ -231,6 +247,7 @@ class Worker:
         """Waits for the oldest iteration and reports it."""
         launched = self._launched.popleft()
         output = launched.pending.collect()
+        finished_s = time.monotonic()
         for slot, flag in zip(output.slots, output.finish_flags, strict=True):
             state = self._slots.get(slot)
             if state is not None and state.generation == launched.generations[slot]:
@@ -242,12 +259,19 @@ class Worker:
         result.gpu_time_us = _microseconds(output.busy_s)
         result.idle_time_us = _microseconds(idle_s)
         self._metrics.record_step(
-            kind=launched.kind,
-            busy_s=output.busy_s,
-            idle_s=idle_s,
-            from_graph=output.from_graph,
+            StepRecord(
+                kind=launched.kind,
+                num_sequences=launched.num_sequences,
+                # A row that ends its prefill counts with its chunk; of the others each is a token.
+                num_tokens=launched.num_chunk_tokens
+                + len(result.finish_flags)
+                - launched.num_completed,
+                busy_s=output.busy_s,
+                idle_s=idle_s,
+                from_graph=output.from_graph,
+            )
         )
-        launched.session.put(result)
+        launched.session.put(result, finished_s)
         self._had_work = bool(self._plans or self._launched or self._slots.runnable())
 
     def _end_session(self, reason: EndReason, message: str) -> None:
@@ -273,10 +297,10 @@ def _microseconds(seconds: float) -> int:
     return min(int(seconds * 1e6), _UINT32_MAX)
 
 
-def _kind(chunks: list[Chunk], decode_slots: list[int]) -> str:
+def _kind(chunks: list[Chunk], decode_slots: list[int]) -> StepKind:
     if not chunks:
-        return "decode"
-    return "mixed" if decode_slots else "prefill"
+        return StepKind.DECODE
+    return StepKind.MIXED if decode_slots else StepKind.PREFILL
 
 
 def _to_result(output: StepOutput) -> executor_pb2.StepResult:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from nanovllm.aio import AsyncClient, AsyncDeltaStream
     from nanovllm.client import Client, DeltaStream
     from nanovllm.errors import (
+        AuthenticationError,
         DeadlineExceededError,
         DuplicateRequestError,
         FieldViolation,
@@ -32,14 +33,17 @@ if TYPE_CHECKING:
         Usage,
     )
     from nanovllm.requests import Chat
+    from nanovllm.resume import ResumePolicy
     from nanovllm.sampling_params import SamplingParams
     from nanovllm.server_info import ExecutorSummary, Health, ModelInfo, ServerStatus
     from nanovllm.services import LocalServices, ServiceProcess, ServiceStartError
+    from nanovllm.tls import TlsConfig, TlsError
 
 _MODULES = {
     "aio": ("AsyncClient", "AsyncDeltaStream"),
     "client": ("Client", "DeltaStream"),
     "errors": (
+        "AuthenticationError",
         "DeadlineExceededError",
         "DuplicateRequestError",
         "FieldViolation",
@@ -62,9 +66,11 @@ _MODULES = {
         "Usage",
     ),
     "requests": ("Chat",),
+    "resume": ("ResumePolicy",),
     "sampling_params": ("SamplingParams",),
     "server_info": ("ExecutorSummary", "Health", "ModelInfo", "ServerStatus"),
     "services": ("LocalServices", "ServiceProcess", "ServiceStartError"),
+    "tls": ("TlsConfig", "TlsError"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -72,6 +78,7 @@ __all__ = [
     "LLM",
     "AsyncClient",
     "AsyncDeltaStream",
+    "AuthenticationError",
     "Chat",
     "Client",
     "Completion",
@@ -92,11 +99,14 @@ __all__ = [
     "RequestCancelledError",
     "RequestOutput",
     "RequestTooLargeError",
+    "ResumePolicy",
     "SamplingParams",
     "ServerError",
     "ServerStatus",
     "ServiceProcess",
     "ServiceStartError",
+    "TlsConfig",
+    "TlsError",
     "TokenLogprobs",
     "UnavailableError",
     "Usage",

@@ -1,13 +1,13 @@
 """How channels to the services are set up."""
 
+import ipaddress
+
 #: Largest message of the public API in either direction.
 MAX_MESSAGE_BYTES = 32 * 1024 * 1024
 #: Limit of calls that do not generate, unless the caller gives one.
 UNARY_TIMEOUT_S = 60.0
 
-LOOPBACK_PREFIXES = ("localhost:", "127.", "[::1]:", "unix:")
-
-ChannelOptions = list[tuple[str, int]]
+ChannelOptions = list[tuple[str, int | str]]
 
 # gRPC would send even loopback traffic through $http_proxy.
 _NO_PROXY: ChannelOptions = [("grpc.enable_http_proxy", 0)]
@@ -56,12 +56,27 @@ def check_address(address: str) -> str:
     """
     host, colon, port = address.rpartition(":")
     is_unix = address.startswith("unix:") and len(address) > len("unix:")
-    if is_unix or (colon and host and "/" not in address and port.isdecimal()):
+    is_tcp = colon and host and "/" not in address and port.isdecimal() and int(port) <= 65535
+    if is_unix or is_tcp:
         return address
     raise ValueError(f"{address!r} is no address; give HOST:PORT (no scheme) or unix:/path")
 
 
+def is_local(address: str) -> bool:
+    """Whether what goes to or from an address stays on this machine: loopback and unix sockets.
+
+    Other names than localhost are not looked up and count as remote.
+    """
+    if address.startswith("unix:"):
+        return True
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def channel_options(address: str) -> ChannelOptions:
     """Returns the gRPC channel options of a client for an address."""
-    options = [*message_limits(MAX_MESSAGE_BYTES), *_reconnect_within(2000)]
-    return options + _NO_PROXY if address.startswith(LOOPBACK_PREFIXES) else options
+    options = [*message_limits(MAX_MESSAGE_BYTES), *_reconnect_within(2000), *KEEPALIVE_OPTIONS]
+    return options + _NO_PROXY if is_local(address) else options

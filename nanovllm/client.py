@@ -1,19 +1,30 @@
 """The synchronous client."""
 
-from collections.abc import Iterable, Iterator
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from nanovllm.channel import UNARY_TIMEOUT_S, channel_options, check_address
-from nanovllm.errors import client_error
+from nanovllm.access import Access
+from nanovllm.channel import UNARY_TIMEOUT_S, check_address
+from nanovllm.errors import NanovllmError, client_error
 from nanovllm.outputs import Delta, OutputFolder, RequestOutput
 from nanovllm.requests import Prompt, detokenize_request, generate_request, tokenize_request
+from nanovllm.resume import (
+    GenerateCall,
+    ResumableRequest,
+    ResumePolicy,
+    Server,
+    resume_policy,
+)
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.server_info import Health, ModelInfo, ServerStatus
+from nanovllm.tls import TlsConfig
+from nanovllm.trace_context import trace_metadata
 from nanovllm.v1 import inference_pb2 as pb
 from nanovllm.v1 import inference_pb2_grpc as pb_grpc
 
@@ -31,6 +42,11 @@ class DeltaStream(Iterator[Delta]):
         #: Names the request for `Client.abort`.
         self.request_id = request_id
 
+    @property
+    def num_resumes(self) -> int:
+        """How often the stream broke and went on."""
+        return 0
+
     def close(self) -> None:
         """Cancels the request unless it has ended."""
         self._call.cancel()
@@ -42,16 +58,59 @@ class DeltaStream(Iterator[Delta]):
     def __enter__(self) -> "DeltaStream":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __del__(self) -> None:
         self.close()
+
+
+class ResumingStream(DeltaStream):
+    """The deltas of one request, over as many calls as it takes."""
+
+    def __init__(self, request: ResumableRequest, servers: Sequence[Server]) -> None:
+        self._request = request
+        self._servers = servers
+        self._closed = threading.Event()
+        call, address = self._call_server()
+        super().__init__(call, request.request_id, address)
+
+    @property
+    def num_resumes(self) -> int:
+        """How often the stream broke and went on."""
+        return self._request.num_resumes
+
+    def close(self) -> None:
+        """Cancels the request unless it has ended."""
+        self._closed.set()
+        super().close()
+
+    def __next__(self) -> Delta:
+        while True:
+            try:
+                with _client_errors(self._address):
+                    response = next(self._call)
+            except NanovllmError as error:
+                if self._closed.is_set():
+                    raise
+                if self._request.is_complete:
+                    raise StopIteration from None
+                self._resume(error)
+            else:
+                self._request.receive(response)
+                return Delta.from_proto(response)
+
+    def _resume(self, error: NanovllmError) -> None:
+        if self._closed.wait(self._request.pause_s(error, time.monotonic())):
+            raise error
+        self._call, self._address = self._call_server()
+        if self._closed.is_set():
+            self._call.cancel()
+
+    def _call_server(self) -> tuple[Any, str]:
+        server = self._request.choose(self._servers)
+        remaining_s = self._request.remaining_s(time.monotonic())
+        return server.generate(self._request.message(), remaining_s), server.address
 
 
 class Client:
@@ -65,28 +124,41 @@ class Client:
         address: str,
         *,
         timeout_s: float | None = None,
+        token: str | None = None,
+        tls: TlsConfig | None = None,
+        insecure: bool = False,
         credentials: grpc.ChannelCredentials | None = None,
+        addresses: Sequence[str] = (),
+        resume: bool | ResumePolicy = False,
     ) -> None:
         """Prepares a connection.
 
         Args:
             address: HOST:PORT or unix:/path.
             timeout_s: Limit of `generate` and `stream` calls that give none; default: no limit.
-            credentials: For TLS; default: an insecure channel.
+            token: Bearer token, for servers that ask for one.
+            tls: How the server is trusted and this client proves who it is; default: plaintext.
+            insecure: Whether the token may cross a network in plaintext.
+            credentials: gRPC's own form of `tls`, instead of it.
+            addresses: Further schedulers of the same model, at which requests are resumed.
+            resume: Whether requests go on where they are when their stream breaks, at the same
+                scheduler or at one of `addresses`; a policy says for how long to try.
 
         Raises:
-            ValueError: `address` is neither form.
+            ValueError: `address` is neither form, or the token would cross a network in plaintext.
+            TlsError: A file that `tls` names cannot be used.
         """
         self.address = check_address(address)
         self._timeout_s = timeout_s
-        options = channel_options(address)
-        self._channel = (
-            grpc.insecure_channel(address, options)
-            if credentials is None
-            else grpc.secure_channel(address, credentials, options)
-        )
-        self._stub = pb_grpc.InferenceServiceStub(self._channel)
-        self._health: Any = health_pb2_grpc.HealthStub(self._channel)
+        self._access = Access(token, tls, credentials, insecure)
+        self._resume = resume
+        self._channels = [self._access.channel(each) for each in (address, *addresses)]
+        self._servers = [
+            Server(each, self._generate_at(channel))
+            for each, channel in zip((address, *addresses), self._channels, strict=True)
+        ]
+        self._stub = pb_grpc.InferenceServiceStub(self._channels[0])
+        self._health: Any = health_pb2_grpc.HealthStub(self._channels[0])
 
     def generate(
         self,
@@ -97,6 +169,7 @@ class Client:
         priority: int = 0,
         cache_salt: str = "",
         timeout_s: float | None = None,
+        resume: bool | ResumePolicy | None = None,
     ) -> RequestOutput:
         """Generates and waits for the end.
 
@@ -107,6 +180,7 @@ class Client:
             priority: Requests with larger values are served first. In [-1000, 1000].
             cache_salt: Requests share cached prefixes only with requests of the same salt.
             timeout_s: Limit for the whole request; default: the client's.
+            resume: Whether the request goes on when its stream breaks; default: the client's.
 
         Raises:
             TypeError: `prompt` is of no known kind.
@@ -127,7 +201,7 @@ class Client:
             cache_salt=cache_salt,
         )
         folder = OutputFolder(request)
-        with self.start(request, timeout_s=timeout_s) as stream:
+        with self.start(request, timeout_s=timeout_s, resume=resume) as stream:
             for delta in stream:
                 folder.add(delta)
         return folder.output()
@@ -141,6 +215,7 @@ class Client:
         priority: int = 0,
         cache_salt: str = "",
         timeout_s: float | None = None,
+        resume: bool | ResumePolicy | None = None,
     ) -> DeltaStream:
         """Starts a request and returns its deltas; arguments and errors are those of `generate`."""
         request = generate_request(
@@ -150,13 +225,39 @@ class Client:
             priority=priority,
             cache_salt=cache_salt,
         )
-        return self.start(request, timeout_s=timeout_s)
+        return self.start(request, timeout_s=timeout_s, resume=resume)
 
-    def start(self, request: pb.GenerateRequest, *, timeout_s: float | None = None) -> DeltaStream:
+    def start(
+        self,
+        request: pb.GenerateRequest,
+        *,
+        timeout_s: float | None = None,
+        resume: bool | ResumePolicy | None = None,
+    ) -> DeltaStream:
         """Starts a request that is built already and returns its deltas."""
         limit_s = self._timeout_s if timeout_s is None else timeout_s
-        call = self._stub.Generate(request, timeout=limit_s)
-        return DeltaStream(call, request.request_id, self.address)
+        policy = resume_policy(self._resume if resume is None else resume)
+        if policy is None:
+            call = self._servers[0].generate(request, limit_s)
+            return DeltaStream(call, request.request_id, self.address)
+        return ResumingStream(
+            ResumableRequest(
+                request,
+                policy,
+                deadline_s=None if limit_s is None else time.monotonic() + limit_s,
+                num_servers=len(self._servers),
+            ),
+            self._servers,
+        )
+
+    def _generate_at(self, channel: grpc.Channel) -> GenerateCall:
+        stub = pb_grpc.InferenceServiceStub(channel)
+
+        def generate(request: pb.GenerateRequest, timeout_s: float | None) -> Any:
+            metadata = (*self._access.metadata, *trace_metadata())
+            return stub.Generate(request, timeout=timeout_s, metadata=metadata)
+
+        return generate
 
     def tokenize(self, prompt: Prompt, *, add_special_tokens: bool | None = None) -> list[int]:
         """Returns the token ids that `generate` would use for text or chat messages."""
@@ -185,29 +286,25 @@ class Client:
         request = pb.GetServerStatusRequest()
         return ServerStatus.from_proto(self._call(self._stub.GetServerStatus, request))
 
-    def health(self) -> Health:
-        """Asks the standard health service."""
-        request = health_pb2.HealthCheckRequest()
-        return Health.from_proto(self._call(self._health.Check, request))
+    def health(self, service: str = "", *, timeout_s: float = UNARY_TIMEOUT_S) -> Health:
+        """Asks the standard health service about one service, or about the server as a whole."""
+        request = health_pb2.HealthCheckRequest(service=service)
+        return Health.from_proto(self._call(self._health.Check, request, timeout_s))
 
     def close(self) -> None:
         """Closes the connection; live requests are cancelled."""
-        self._channel.close()
+        for channel in self._channels:
+            channel.close()
 
     def __enter__(self) -> "Client":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _call(self, method: Any, request: Any) -> Any:
+    def _call(self, method: Any, request: Any, timeout_s: float = UNARY_TIMEOUT_S) -> Any:
         with _client_errors(self.address):
-            return method(request, timeout=UNARY_TIMEOUT_S)
+            return method(request, timeout=timeout_s, metadata=self._access.metadata)
 
 
 @contextmanager

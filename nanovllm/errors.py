@@ -72,6 +72,10 @@ class UnavailableError(NanovllmError):
     """No server answers at the address, or it has no executor; try again later."""
 
 
+class AuthenticationError(NanovllmError):
+    """The server does not know the caller: the token is missing or wrong."""
+
+
 class ServerError(NanovllmError):
     """The server failed, or answered something that it should not."""
 
@@ -81,6 +85,7 @@ _PLAIN_ERRORS: dict[grpc.StatusCode, type[NanovllmError]] = {
     grpc.StatusCode.ALREADY_EXISTS: DuplicateRequestError,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceededError,
     grpc.StatusCode.CANCELLED: RequestCancelledError,
+    grpc.StatusCode.UNAUTHENTICATED: AuthenticationError,
 }
 
 

@@ -1,10 +1,10 @@
 """The offline API: a model as a Python object."""
 
 import asyncio
+import os
 import threading
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from numbers import Integral
-from types import TracebackType
 from typing import Any, TypeVar, cast
 
 from tqdm import tqdm
@@ -16,11 +16,14 @@ from nanovllm.outputs import OutputFolder, RequestOutput
 from nanovllm.requests import Chat, Message, Prompt, generate_request
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.services import LocalServices
+from nanovllm.tls import TlsConfig
 
 Result = TypeVar("Result")
 
 #: Requests under way at the same time; enough to fill a batch and the queue behind it.
 MAX_CONCURRENCY = 1024
+# A log line for each prompt would drown the progress bar. The caller's own environment wins.
+_QUIET = {"NANOVLLM_SCHEDULER_LOG_LEVEL": "warning"}
 
 
 class LLM:
@@ -39,6 +42,8 @@ class LLM:
         model: str | None = None,
         *,
         address: str | None = None,
+        token: str | None = None,
+        tls: TlsConfig | None = None,
         startup_timeout_s: float = 600.0,
         **engine_options: bool | float | str | None,
     ) -> None:
@@ -48,12 +53,15 @@ class LLM:
             model: A directory, an embedded model's name or a hub id; default: the embedded
                 smollm2-135m-instruct.
             address: A running scheduler to use instead of starting one.
+            token: Its bearer token; see `Client`.
+            tls: How it is trusted; see `Client`.
             startup_timeout_s: Limit for the services to become ready.
             **engine_options: The executor's command line options with underscores, for example
                 dtype="bfloat16", max_model_len=4096, enforce_eager=True. None leaves one out.
 
         Raises:
-            TypeError: `address` came together with `model` or engine options.
+            TypeError: `address` came together with `model` or engine options, or `token` or `tls`
+                came without it.
             ModelNotFoundError: There is no such model.
             ServiceStartError: The services could not be started, or refused an option.
         """
@@ -62,6 +70,8 @@ class LLM:
                 "address= names a running server, whose model and engine options are fixed; "
                 "leave out model and " + (", ".join(engine_options) or "engine options")
             )
+        if address is None and (token is not None or tls is not None):
+            raise TypeError("token= and tls= belong to a running server; give its address=")
         self._services: LocalServices | None = None
         self._loop = _LoopThread()
         try:
@@ -69,10 +79,11 @@ class LLM:
                 self._services = LocalServices(
                     model or SMOLLM2_135M_INSTRUCT.name,
                     executor_args=executor_arguments(engine_options),
+                    env=_QUIET | os.environ,
                     startup_timeout_s=startup_timeout_s,
                 ).start()
                 address = self._services.address
-            self._client = self._loop.run(_connect(address))
+            self._client = self._loop.run(_connect(address, token, tls))
         except BaseException:
             self._loop.close()
             if self._services is not None:
@@ -147,12 +158,7 @@ class LLM:
     def __enter__(self) -> "LLM":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _run_all(
@@ -218,8 +224,8 @@ class _LoopThread:
         self._loop.close()
 
 
-async def _connect(address: str) -> AsyncClient:
-    return AsyncClient(address)
+async def _connect(address: str, token: str | None, tls: TlsConfig | None) -> AsyncClient:
+    return AsyncClient(address, token=token, tls=tls)
 
 
 async def _complete_all(

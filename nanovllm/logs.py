@@ -102,12 +102,15 @@ class BackgroundHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Queues a record."""
-        # Made now: what the arguments name may change before the line is written.
-        record.msg, record.args = record.getMessage(), None
         try:
+            # Made now: what the arguments name may change before the line is written.
+            record.msg, record.args = record.getMessage(), None
             self._records.put_nowait(record)
         except queue.Full:
             self._num_dropped += 1
+        except Exception:
+            # A library's wrong log call must not fail whoever makes it.
+            self.handleError(record)
 
     def close(self) -> None:
         """Writes what waits, as far as that is possible in a moment."""

@@ -107,7 +107,7 @@ def fingerprint(directory: Path) -> str:
     config_path = directory / "config.json"
     try:
         config = json.loads(config_path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelNotFoundError(f"{config_path} cannot be read: {error}") from error
     canonical = json.dumps(config, sort_keys=True, separators=(",", ":")).encode()
     tokenizer_path = directory / "tokenizer.json"

@@ -1,18 +1,38 @@
-"""What both services have in common at start-up: settings, listening, logging, the ready line."""
+"""What both services have in common at start-up: settings, listening, the ready line."""
 
 import logging
+import os
 import socket
-import sys
-from typing import Literal, Self
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal, Self, TypeAlias
 
 import grpc
-from prometheus_client import CollectorRegistry, start_http_server
-from pydantic import Field, ValidationError
+from prometheus_client import CollectorRegistry, disable_created_metrics, start_http_server
+from pydantic import AfterValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
 
-from nanovllm.channel import KEEPALIVE_OPTIONS, MAX_MESSAGE_BYTES, message_limits
+from nanovllm.channel import (
+    KEEPALIVE_OPTIONS,
+    MAX_MESSAGE_BYTES,
+    ChannelOptions,
+    check_address,
+    is_local,
+    message_limits,
+)
+from nanovllm.logs import LogFormat, fields
+from nanovllm.tls import ServerTls, TlsError
 
-_SHARED_SERVER_OPTIONS: list[tuple[str, int]] = [
+#: Calls that one connection may have open. gRPC lets more wait in the client, or refuses them with
+#: UNAVAILABLE.
+MAX_CALLS_PER_CONNECTION = 4096
+#: Headers of one call: what is larger is always refused, and may be refused from half of it on.
+MAX_METADATA_BYTES = 16 * 1024
+# A scheduler has one stream and a few short calls.
+_MAX_EXECUTOR_CALLS_PER_CONNECTION = 64
+
+_SHARED_SERVER_OPTIONS: ChannelOptions = [
     # Two processes on one port would each get half of the connections.
     ("grpc.so_reuseport", 0),
     # Calls of peers that vanished end. The peer's HTTP/2 layer answers the pings, so a client that
@@ -23,11 +43,28 @@ _SHARED_SERVER_OPTIONS: list[tuple[str, int]] = [
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.max_metadata_size", MAX_METADATA_BYTES // 2),
+    ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
 ]
 #: Of the server of the public API.
-SERVER_OPTIONS = [*_SHARED_SERVER_OPTIONS, *message_limits(MAX_MESSAGE_BYTES)]
+SERVER_OPTIONS: ChannelOptions = [
+    *_SHARED_SERVER_OPTIONS,
+    *message_limits(MAX_MESSAGE_BYTES),
+    ("grpc.max_concurrent_streams", MAX_CALLS_PER_CONNECTION),
+]
 #: Of the executor's server, whose only client is a scheduler; see `EXECUTOR_CHANNEL_OPTIONS`.
-EXECUTOR_SERVER_OPTIONS = [*_SHARED_SERVER_OPTIONS, *message_limits(-1)]
+EXECUTOR_SERVER_OPTIONS: ChannelOptions = [
+    *_SHARED_SERVER_OPTIONS,
+    *message_limits(-1),
+    ("grpc.max_concurrent_streams", _MAX_EXECUTOR_CALLS_PER_CONNECTION),
+]
+
+
+logger = logging.getLogger(__name__)
+
+
+#: HOST:PORT or unix:/path, as a setting.
+Address: TypeAlias = Annotated[str, AfterValidator(check_address)]
 
 
 class StartupError(RuntimeError):
@@ -55,6 +92,21 @@ class ServiceSettings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe log lines to print."
     )
+    log_format: LogFormat = Field(
+        "text", description="Log lines as text, or as JSON with one object a line."
+    )
+    tls_cert: Path | None = Field(
+        None, description="PEM file of the server's certificate and its chain; turns TLS on."
+    )
+    tls_key: Path | None = Field(
+        None, description="PEM file of the certificate's private key, not encrypted."
+    )
+    tls_client_ca: Path | None = Field(
+        None, description="PEM file of authorities; only clients with a certificate of theirs."
+    )
+    insecure: bool = Field(
+        False, description="Allow plaintext and unknown peers beyond this machine."
+    )
 
     @classmethod
     def from_arguments(cls, arguments: list[str]) -> Self:
@@ -63,8 +115,8 @@ class ServiceSettings(BaseSettings):
             return CliApp.run(cls, cli_args=arguments, cli_exit_on_error=False)
         except ValidationError as error:
             problems = "; ".join(
-                f"--{'.'.join(map(str, item['loc'])).replace('_', '-')}: {item['msg']}"
-                f" (got {item['input']!r})"
+                f"--{'.'.join(map(str, item['loc'])).replace('_', '-')}: "
+                f"{item['msg'].removeprefix('Value error, ')} (got {item['input']!r})"
                 for item in error.errors()
             )
             raise StartupError(problems) from error
@@ -72,35 +124,86 @@ class ServiceSettings(BaseSettings):
             raise StartupError(str(error)) from error
 
 
-def start_logging(level: str) -> None:
-    """Logs to stderr; stdout is for the lines that scripts wait for."""
-    logging.basicConfig(
-        level=level.upper(),
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+def server_tls(settings: ServiceSettings) -> ServerTls | None:
+    """Reads the server's certificate, if there is one. Raises StartupError."""
+    if settings.tls_cert is None and settings.tls_key is None:
+        if settings.tls_client_ca is not None:
+            raise StartupError("--tls-client-ca needs --tls-cert and --tls-key")
+        return None
+    if settings.tls_cert is None or settings.tls_key is None:
+        raise StartupError("--tls-cert and --tls-key come together; give both or neither")
+    try:
+        return ServerTls(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+    except TlsError as error:
+        raise StartupError(f"--tls-cert, --tls-key, --tls-client-ca: {error}") from error
+
+
+def check_exposure(
+    address: str, settings: ServiceSettings, *, is_protected: bool, remedy: str
+) -> None:
+    """Raises StartupError if an address leaves this machine unprotected; --insecure only warns.
+
+    Args:
+        address: HOST:PORT or unix:/path.
+        settings: Where --insecure is.
+        is_protected: Whether traffic and peers are protected, wherever they are.
+        remedy: What would protect them, for the error.
+    """
+    if is_protected or is_local(address):
+        return
+    if not settings.insecure:
+        raise StartupError(
+            f"{address} reaches beyond this machine; {remedy}, or accept plaintext and unknown "
+            "peers with --insecure"
+        )
+    logger.warning(
+        "reachable from beyond this machine unprotected, as --insecure allows",
+        extra=fields(address=address),
     )
 
 
-def bind(server: grpc.Server | grpc.aio.Server, address: str) -> str:
+def bind(
+    server: grpc.Server | grpc.aio.Server,
+    address: str,
+    tls: ServerTls | None = None,
+    *,
+    only_owner: bool = False,
+    option: str = "--listen",
+) -> str:
     """Listens on HOST:PORT or unix:/path and returns the address with the port that was taken.
 
-    Raises StartupError.
+    `only_owner` keeps other users from connecting to a unix socket; `option` is the setting that
+    errors name. Raises StartupError.
     """
-    if address == "unix:":
-        raise StartupError("--listen 'unix:' names no path; give unix:/path")
-    if not address.startswith("unix:"):
-        host, separator, port = address.rpartition(":")
-        if not separator or not host or not port.isdecimal() or int(port) > 65535:
-            raise StartupError(f"--listen {address!r} is no HOST:PORT and no unix:/path")
-    elif _is_served(address.removeprefix("unix:")):
-        raise StartupError(f"cannot listen on {address}: it is in use; choose another --listen")
+    if address.startswith("unix:") and _is_served(address.removeprefix("unix:")):
+        raise StartupError(f"cannot listen on {address}: it is in use; choose another {option}")
     try:
-        bound_port = server.add_insecure_port(address)
+        with _private_files(only_owner):
+            bound_port = (
+                server.add_insecure_port(address)
+                if tls is None
+                else server.add_secure_port(address, tls.credentials())
+            )
     except RuntimeError as error:
         raise StartupError(
-            f"cannot listen on {address}: it is in use or not allowed; choose another --listen"
+            f"cannot listen on {address}: it is in use or not allowed; choose another {option}"
         ) from error
-    return address if address.startswith("unix:") else f"{host}:{bound_port}"
+    if address.startswith("unix:"):
+        return address
+    return f"{address.rpartition(':')[0]}:{bound_port}"
+
+
+@contextmanager
+def _private_files(enabled: bool) -> Iterator[None]:
+    """Creates files that are the owner's alone from their first moment on, mode 0600 at most."""
+    if not enabled:
+        yield
+        return
+    umask = os.umask(0o177)
+    try:
+        yield
+    finally:
+        os.umask(umask)
 
 
 def _is_served(path: str) -> bool:
@@ -117,6 +220,8 @@ def serve_metrics(registry: CollectorRegistry, host: str, port: int) -> None:
     """Serves /metrics and prints where; -1 does nothing. Raises StartupError."""
     if port < 0:
         return
+    # A second series for every counter and histogram, which nothing reads.
+    disable_created_metrics()
     try:
         server, _ = start_http_server(port, addr=host, registry=registry)
     except OSError as error:

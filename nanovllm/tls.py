@@ -3,23 +3,16 @@
 Both ends speak TLS 1.2 or newer; gRPC's own TLS library offers nothing older.
 """
 
-import logging
 import os
 import ssl
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
 
 import grpc
 
-from nanovllm.logs import fields
-
-logger = logging.getLogger(__name__)
-
-Loaded = TypeVar("Loaded")
+from nanovllm.reloading import Reloading
 
 
 class TlsError(ValueError):
@@ -79,46 +72,6 @@ def read_identity(cert: Path, key: Path) -> tuple[bytes, bytes]:
     return chain_pem, key_pem
 
 
-class Reloading(Generic[Loaded]):
-    """Something made from files, made again when they change.
-
-    Files that cannot be used are logged once, and what was made before stays in use. Thread-safe.
-    """
-
-    def __init__(self, files: tuple[Path, ...], load: Callable[[], Loaded]) -> None:
-        """Loads for the first time; raises what `load` raises."""
-        self._files = files
-        self._load = load
-        self._lock = threading.Lock()
-        self._state = self._file_state()
-        self._loaded = load()
-
-    def get(self) -> Loaded:
-        """Returns the newest that could be loaded."""
-        with self._lock:
-            self._refresh()
-            return self._loaded
-
-    def _refresh(self) -> None:
-        # Before the files are read: a change meanwhile shows as another one at the next look.
-        state = self._file_state()
-        if state == self._state:
-            return
-        self._state = state
-        try:
-            self._loaded = self._load()
-        except (ValueError, OSError) as error:
-            logger.warning(
-                "new files are broken; what was loaded before stays in use",
-                extra=fields(problem=error),
-            )
-        else:
-            logger.info("loaded again", extra=fields(files=",".join(map(str, self._files))))
-
-    def _file_state(self) -> list[tuple[int, ...] | None]:
-        return [_state_of(path) for path in self._files]
-
-
 class ClientTls:
     """A TlsConfig for channels that are opened again and again, each with the newest files."""
 
@@ -150,26 +103,29 @@ class ServerTls:
         self._cert, self._key, self._client_ca = cert, key, client_ca
         files = (cert, key) if client_ca is None else (cert, key, client_ca)
         self._pems = Reloading(files, self._load)
-        self._in_use = self._pems.get()
 
     def credentials(self) -> grpc.ServerCredentials:
         """Returns the credentials of one server; each new connection gets the newest files."""
+        # Of this server alone: every server has to be told of a change.
+        in_use = self._pems.get()
+
+        def changed_configuration() -> grpc.ServerCertificateConfiguration | None:
+            """Called by gRPC before a handshake; None leaves everything as it is.
+
+            A configuration cannot be returned twice: gRPC takes it away from its Python object.
+            """
+            nonlocal in_use
+            newest = self._pems.get()
+            if newest is in_use:
+                return None
+            in_use = newest
+            return newest.configuration()
+
         return grpc.dynamic_ssl_server_credentials(
-            self._in_use.configuration(),
-            self._changed_configuration,
+            in_use.configuration(),
+            changed_configuration,
             require_client_authentication=self._client_ca is not None,
         )
-
-    def _changed_configuration(self) -> grpc.ServerCertificateConfiguration | None:
-        """Called by gRPC before a handshake; None leaves everything as it is.
-
-        A configuration cannot be returned twice, because gRPC takes it away from its Python object.
-        """
-        newest = self._pems.get()
-        if newest is self._in_use:
-            return None
-        self._in_use = newest
-        return newest.configuration()
 
     def _load(self) -> _ServerPems:
         chain, key = read_identity(self._cert, self._key)
@@ -216,11 +172,3 @@ def _anonymous_file(content: bytes) -> Iterator[str]:
         yield f"/proc/self/fd/{descriptor}"
     finally:
         os.close(descriptor)
-
-
-def _state_of(path: Path) -> tuple[int, ...] | None:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)

@@ -11,6 +11,8 @@ __all__ = ["ModelConfig", "ModelConfigError"]
 
 _ARCHITECTURES = ("Qwen3ForCausalLM", "LlamaForCausalLM", "Qwen2ForCausalLM", "MistralForCausalLM")
 _DTYPES = ("float32", "bfloat16", "float16")
+# The table of rotations has this many rows; no model is longer.
+_MAX_LENGTH = 2**24
 # transformers' default where a Qwen3 config.json has no head_dim.
 _QWEN3_HEAD_DIM = 128
 
@@ -61,7 +63,7 @@ class ModelConfig:
                 "num_key_value_heads",
                 f"is {num_kv_heads}; it must divide num_attention_heads, which is {num_heads}",
             )
-        max_position_embeddings = reader.positive_int("max_position_embeddings")
+        max_position_embeddings = _read_length(reader)
         rope_theta, rope_scaling = read_rope(reader, max_position_embeddings)
         # One key stands for different biases in different architectures.
         is_qwen2 = architecture == "Qwen2ForCausalLM"
@@ -89,6 +91,13 @@ class ModelConfig:
             qk_norm=architecture == "Qwen3ForCausalLM",
             torch_dtype=_read_dtype(reader),
         )
+
+
+def _read_length(reader: ConfigReader) -> int:
+    length = reader.positive_int("max_position_embeddings")
+    if length > _MAX_LENGTH:
+        raise reader.error("max_position_embeddings", f"is {length}; at most {_MAX_LENGTH}")
+    return length
 
 
 def _read_architecture(reader: ConfigReader) -> str:

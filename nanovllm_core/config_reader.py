@@ -1,11 +1,15 @@
 """Typed access to the keys of a config.json, with errors that name file and key."""
 
 import json
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+# Sizes beyond it fit no tensor, and would not fit the wire either.
+_MAX_INT = 2**31 - 1
+_MAX_SHOWN_CHARS = 80
 
 
 class ModelConfigError(ValueError):
@@ -36,7 +40,7 @@ class ConfigReader:
             raise ModelConfigError(
                 f"{path}: no such file; give a directory in Hugging Face format"
             ) from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ModelConfigError(f"{path}: cannot be read as JSON: {error}") from error
         if not isinstance(values, dict):
             raise ModelConfigError(f"{path}: must hold a JSON object")
@@ -60,7 +64,7 @@ class ConfigReader:
         if value is None:
             return None
         if not isinstance(value, dict):
-            raise self.error(key, f"must be an object, not {value!r}")
+            raise self.error(key, f"must be an object, not {_shown(value)}")
         return ConfigReader(self.path, value, f"{self.prefix}{key}.")
 
     def positive_int(self, key: str, default: int | None = None) -> int:
@@ -70,8 +74,8 @@ class ConfigReader:
             value = default
         if value is None:
             raise self.error(key, "is missing; it must be a positive integer")
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-            raise self.error(key, f"must be a positive integer, not {value!r}")
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= _MAX_INT:
+            raise self.error(key, f"must be a positive integer, not {_shown(value)}")
         return value
 
     def positive_float(self, key: str, default: float | None = None) -> float:
@@ -82,8 +86,9 @@ class ConfigReader:
         if value is None:
             raise self.error(key, "is missing; it must be a positive number")
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or value <= 0:
-            raise self.error(key, f"must be a positive number, not {value!r}")
+        # Compared before it is converted: an integer may be too large for a float.
+        if not is_number or not 0 < value <= sys.float_info.max:
+            raise self.error(key, f"must be a positive number, not {_shown(value)}")
         return float(value)
 
     def boolean(self, key: str, default: bool) -> bool:
@@ -92,7 +97,7 @@ class ConfigReader:
         if value is None:
             return default
         if not isinstance(value, bool):
-            raise self.error(key, f"must be true or false, not {value!r}")
+            raise self.error(key, f"must be true or false, not {_shown(value)}")
         return value
 
     def string(self, key: str, default: str) -> str:
@@ -101,5 +106,11 @@ class ConfigReader:
         if value is None:
             return default
         if not isinstance(value, str):
-            raise self.error(key, f"must be a string, not {value!r}")
+            raise self.error(key, f"must be a string, not {_shown(value)}")
         return value
+
+
+def _shown(value: object) -> str:
+    """A value as an error message quotes it: in one line, and not at any length."""
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[:_MAX_SHOWN_CHARS]}..."

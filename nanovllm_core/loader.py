@@ -1,5 +1,6 @@
 """Loads a checkpoint's tensors straight into the model's fused parameters."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ __all__ = ["CheckpointError", "load_model"]
 
 # Names in an error message; more are counted.
 _MAX_NAMES = 8
+_MAX_SIZE_RATIO = 4
 _EMBEDDING = "model.embed_tokens.weight"
 _LM_HEAD = "lm_head.weight"
 
@@ -45,6 +47,7 @@ def load_model(
             the message names them.
     """
     with Checkpoint(directory) as checkpoint:
+        _check_size(checkpoint, config)
         model = CausalLM(config, dtype, device)
         targets = _targets(model)
         _check(checkpoint, targets, config)
@@ -108,6 +111,22 @@ def _layer_targets(prefix: str, layer: DecoderLayer) -> dict[str, Tensor]:
 def _qkv_rows(attention: Attention) -> tuple[int, int, int]:
     kv_rows = attention.num_kv_heads * attention.head_dim
     return attention.num_heads * attention.head_dim, kv_rows, kv_rows
+
+
+def _check_size(checkpoint: Checkpoint, config: ModelConfig) -> None:
+    """Refuses a configuration of another size before memory is allocated for it.
+
+    Says nothing of single tensors, which `_check` names; only of what is out of all proportion.
+    """
+    rows = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    per_layer = config.hidden_size * (rows + 3 * config.intermediate_size)
+    described = config.num_layers * per_layer + config.vocab_size * config.hidden_size
+    held = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names)
+    if described > _MAX_SIZE_RATIO * held:
+        raise CheckpointError(
+            f"{checkpoint.directory}: config.json describes a model of {described} parameters, but "
+            f"the checkpoint holds {held}; they do not belong together"
+        )
 
 
 def _check(checkpoint: Checkpoint, targets: dict[str, Tensor], config: ModelConfig) -> None:

@@ -11,6 +11,8 @@ from nanovllm_core.config_reader import ConfigReader
 from nanovllm_core.rope_scaling import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
 
 _DEFAULT_THETA = 10_000.0
+# Far beyond any length; what is not would overflow the formulas.
+_MAX_ROTATIONS = 1_000_000
 _KINDS = ("default", "linear", "llama3", "yarn")
 
 
@@ -63,6 +65,8 @@ def read_rope(
     )
     if kind == "llama3":
         return theta, _read_llama3(scaling, original_length)
+    if theta <= 1:
+        raise scaling.error("rope_theta", f"is {theta}; yarn needs a base above 1")
     return theta, _read_yarn(scaling, original_length, max_position_embeddings)
 
 
@@ -89,11 +93,18 @@ def _read_yarn(
     return YarnScaling(
         factor=factor,
         original_max_position_embeddings=original_length,
-        beta_fast=scaling.positive_float("beta_fast", 32.0),
-        beta_slow=scaling.positive_float("beta_slow", 1.0),
+        beta_fast=_read_rotations(scaling, "beta_fast", 32.0),
+        beta_slow=_read_rotations(scaling, "beta_slow", 1.0),
         attention_factor=attention_factor,
         truncate=scaling.boolean("truncate", True),
     )
+
+
+def _read_rotations(scaling: ConfigReader, key: str, default: float) -> float:
+    value = scaling.positive_float(key, default)
+    if not 1 / _MAX_ROTATIONS <= value <= _MAX_ROTATIONS:
+        raise scaling.error(key, f"is {value}; at most {_MAX_ROTATIONS} and at least its inverse")
+    return value
 
 
 def _yarn_mscale(factor: float, mscale: float) -> float:

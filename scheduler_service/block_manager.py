@@ -13,8 +13,9 @@ import hashlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import islice
-from typing import NewType
+from typing import NewType, Protocol
 
 BlockId = NewType("BlockId", int)
 BlockHash = NewType("BlockHash", bytes)
@@ -38,6 +39,30 @@ def extend_hash(parent: BlockHash, token_ids: Sequence[int]) -> BlockHash:
     return BlockHash(hashlib.sha256(parent + array("i", token_ids).tobytes()).digest())
 
 
+@dataclass(frozen=True, slots=True)
+class StoredBlock:
+    """A full block that others can share from now on."""
+
+    block_hash: BlockHash
+    # None: it is the first block of its prefix.
+    parent: BlockHash | None
+    token_ids: list[int]
+    cache_salt: str
+
+
+class PrefixListener(Protocol):
+    """Who is told how the prefix cache changes, in order. It must neither block nor call back."""
+
+    def on_stored(self, block: StoredBlock) -> None:
+        """A block can be found."""
+
+    def on_removed(self, block_hash: BlockHash) -> None:
+        """A block cannot be found any more."""
+
+    def on_cleared(self) -> None:
+        """The cache is empty: it is another one, or there is none."""
+
+
 class BlockManager:
     """Owns the mapping from blocks to references and from prefix hashes to blocks."""
 
@@ -46,6 +71,8 @@ class BlockManager:
             raise ValueError(f"need at least one block of one token: {num_blocks} x {block_size}")
         self.num_blocks = num_blocks
         self.block_size = block_size
+        #: Told of removals here, of the rest by who knows the tokens; None: nobody listens.
+        self.listener: PrefixListener | None = None
         self._ref_counts = [0] * num_blocks
         self._hashes: list[BlockHash | None] = [None] * num_blocks
         # Popped from the end, so that low ids go first.
@@ -119,13 +146,18 @@ class BlockManager:
             blocks.append(block)
         return blocks
 
-    def register(self, block: BlockId, block_hash: BlockHash) -> None:
-        """Makes an owned, full block findable. The first block of a hash keeps it."""
+    def register(self, block: BlockId, block_hash: BlockHash) -> bool:
+        """Makes an owned, full block findable. The first block of a hash keeps it.
+
+        Returns whether the hash is new.
+        """
         if self._ref_counts[block] == 0:
             raise BlockAccountingError(f"block {block} has no owner and cannot be registered")
-        if self._hashes[block] is None and block_hash not in self._block_of_hash:
-            self._hashes[block] = block_hash
-            self._block_of_hash[block_hash] = block
+        if self._hashes[block] is not None or block_hash in self._block_of_hash:
+            return False
+        self._hashes[block] = block_hash
+        self._block_of_hash[block_hash] = block
+        return True
 
     def release(self, blocks: Sequence[BlockId]) -> None:
         """Drops one reference of each block of a sequence, given in sequence order.
@@ -181,3 +213,5 @@ class BlockManager:
         if block_hash is not None:
             self._hashes[block] = None
             del self._block_of_hash[block_hash]
+            if self.listener is not None:
+                self.listener.on_removed(block_hash)

@@ -14,6 +14,8 @@ from scheduler_service.validation import MAX_REQUEST_ID_CHARS, GenerateSpec
 
 Metadata: TypeAlias = Sequence[tuple[str, str | bytes]]
 
+GENERATE = "nanovllm.v1.InferenceService/Generate"
+
 OK = "OK"
 CANCELLED = "CANCELLED"
 DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
@@ -41,6 +43,8 @@ class CallRecord:
     # As the client gave it; whatever it may be.
     request_id: str
     metadata: Metadata = ()
+    # Full name of the gRPC method.
+    method: str = GENERATE
     # Whether traces want to know what happens to the sequences.
     keeps_history: bool = False
     spec: GenerateSpec | None = None
@@ -51,6 +55,11 @@ class CallRecord:
     ended_s: float = 0.0
     # Only where prompts and outputs are logged.
     texts: "OutputTexts | None" = None
+
+    @property
+    def was_queued(self) -> bool:
+        """Whether the request got in; else it was refused, or left by its caller before that."""
+        return self.live is not None
 
     @property
     def is_refused(self) -> bool:

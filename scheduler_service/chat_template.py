@@ -13,6 +13,13 @@ from typing import Any
 MAX_CPU_S = 1.0
 
 _WORKER = Path(__file__).with_name("template_worker.py")
+# All of the environment that a worker gets: what finds Python and its packages, and what dates in
+# templates depend on. The rest may hold keys of other services, in reach of whatever leaves the
+# sandbox.
+_ENVIRONMENT = (
+    *("PATH", "HOME", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH"),
+    *("LANG", "LC_ALL", "LC_TIME", "TZ"),
+)
 
 
 class TemplateError(Exception):
@@ -94,7 +101,7 @@ class _Worker:
             [sys.executable, "-P", str(_WORKER), str(max_cpu_s)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+            env=_environment(),
             encoding="utf-8",
         )
 
@@ -122,3 +129,8 @@ class _Worker:
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 pipe.close()
+
+
+def _environment() -> dict[str, str]:
+    kept = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+    return kept | {"PYTHONDONTWRITEBYTECODE": "1"}

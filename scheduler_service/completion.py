@@ -3,7 +3,14 @@
 from dataclasses import dataclass, field
 
 from scheduler_service.detokenizer import IncrementalDetokenizer, StopMatcher
+from scheduler_service.errors import InvalidFieldError
+from scheduler_service.history import History
+from scheduler_service.resume import ReceivedCompletion
 from scheduler_service.sequence import FinishReason, Sequence, TokenLogprobs
+
+# Most characters by which a client can be ahead of a replay of its tokens: an incomplete character
+# of at most four bytes at either end of what was held back.
+_MAX_EXCESS_CHARS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +45,60 @@ class Completion:
     min_tokens: int = 0
     include_stop_token: bool = False
     finished_sent: bool = False
-    # For metrics; set by the engine.
+    # For metrics, logs and traces; set by the engine.
     first_token_s: float | None = None
     last_token_s: float | None = None
+    finished_s: float | None = None
     _num_sent: int = 0
+    # Output tokens of an earlier attempt, which came without log-probabilities.
+    _num_resumed: int = 0
+    # Characters still to come that the client has already.
+    _num_excess_chars: int = 0
     _num_detokenized: int = 0
     _text: list[str] = field(default_factory=list)
+
+    @property
+    def has_stop_match(self) -> bool:
+        """Whether a stop string is complete."""
+        return self.stop_matcher is not None and self.stop_matcher.matched is not None
+
+    @property
+    def num_generated_tokens(self) -> int:
+        """Output tokens that were generated here, without those that it was resumed with."""
+        return self.seq.num_output_tokens - self._num_resumed
+
+    def resume(self, received: ReceivedCompletion) -> None:
+        """Continues after what the client has, whose tokens are the output of `seq` so far.
+
+        Text is replayed, so that a character or a stop string may lie across the seam. Raises
+        InvalidFieldError if the text cannot be that of the tokens.
+        """
+        num_tokens = self.seq.num_output_tokens
+        self._num_sent = self._num_resumed = num_tokens
+        if self.detokenizer is not None:
+            self._replay(self.detokenizer)
+        text = "".join(self._text)
+        # Where bytes are no UTF-8, it depends on the pieces when their U+FFFD is shown.
+        self._num_excess_chars = max(0, received.num_text_chars - len(text))
+        if self._num_excess_chars > _MAX_EXCESS_CHARS:
+            raise InvalidFieldError(
+                "resume.completions",
+                f"completion {self.index} cannot have {received.num_text_chars} characters: its "
+                f"{num_tokens} tokens have {len(text)}",
+            )
+        self._text = [text[received.num_text_chars :]]
+
+    def _replay(self, detokenizer: IncrementalDetokenizer) -> None:
+        token_ids = self._new_text_tokens()
+        matcher = self.stop_matcher
+        if matcher is None:
+            self._text.append(detokenizer.push(token_ids))
+            return
+        # Nothing matched before the token that reached min_tokens.
+        split = min(max(0, self.min_tokens - 1), len(token_ids))
+        early, late = detokenizer.push(token_ids[:split]), detokenizer.push(token_ids[split:])
+        self._text.append(matcher.push(early, may_match=False))
+        self._text.append(matcher.push(late))
 
     def match_stop_strings(self) -> bool:
         """Decodes new tokens if there are stop strings; returns whether one is complete now."""
@@ -54,6 +109,19 @@ class Completion:
         self._text.append(self.stop_matcher.push(text, may_match=may_match))
         return self.stop_matcher.matched is not None
 
+    def note_iterations(self, history: History, progress: list[tuple[int, list[Sequence]]]) -> None:
+        """Writes down which iterations made the first and the last token, if they are new.
+
+        `progress` holds the sequences that got a token, by iteration, of one message of results.
+        """
+        seq = self.seq
+        if self.first_token_s is None:
+            history.first_iteration = next(number for number, seqs in progress if seq in seqs)
+        if seq.is_finished:
+            history.last_iteration = next(
+                number for number, seqs in reversed(progress) if seq in seqs
+            )
+
     def take_delta(self) -> Delta | None:
         """Everything new, or None. The last delta, and only that, has a finish reason."""
         seq = self.seq
@@ -61,7 +129,8 @@ class Completion:
             return None
         start = seq.num_prompt_tokens + self._num_sent
         token_ids = seq.token_ids[start:]
-        logprobs = seq.logprobs[self._num_sent :]
+        # Handed over rather than copied: they are most of what an answer takes up.
+        logprobs, seq.logprobs = seq.logprobs, []
         self._num_sent = seq.num_output_tokens
         text = self._take_text()
         if not seq.is_finished:
@@ -88,7 +157,9 @@ class Completion:
             self._finish_text(self.detokenizer)
         text = "".join(self._text)
         self._text.clear()
-        return text
+        skipped = text[self._num_excess_chars :]
+        self._num_excess_chars -= len(text) - len(skipped)
+        return skipped
 
     def _finish_text(self, detokenizer: IncrementalDetokenizer) -> None:
         if self.stop_matcher is None:

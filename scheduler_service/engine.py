@@ -5,67 +5,44 @@ deltas; the link reports sessions and results; the engine turns both into plans.
 """
 
 import asyncio
-import itertools
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from scheduler_service.admission import Admission, AdmissionLimits
 from scheduler_service.completion import Completion, Delta
 from scheduler_service.delivery import DeliveryQueue
-from scheduler_service.detokenizer import IncrementalDetokenizer, StopMatcher
 from scheduler_service.errors import (
     DeadlineError,
     DuplicateRequestError,
     ExecutorFailedError,
-    InvalidFieldError,
-    NeverFitsError,
-    QueueFullError,
     RequestError,
+    SupersededError,
 )
 from scheduler_service.executor_absence import ExecutorAbsence
-from scheduler_service.metrics import SchedulerMetrics
+from scheduler_service.lengths import SequenceLengths
+from scheduler_service.live_request import LiveRequest, RequestFactory
 from scheduler_service.model_spec import ModelSpec
 from scheduler_service.plan import Plan, StepResult
-from scheduler_service.ranges import INT32_MAX
-from scheduler_service.request_metrics import record_finished, record_tokens
+from scheduler_service.request_metrics import EngineMetrics
 from scheduler_service.reservation import Reservation
 from scheduler_service.scheduler import ExecutorCapacity, Scheduler
 from scheduler_service.sequence import FinishReason, Sequence, SequenceId
 from scheduler_service.tokenizer import Tokenizer
-from scheduler_service.validation import GenerateSpec
+from scheduler_service.validation import GenerateSpec, RequestKey
 
 logger = logging.getLogger(__name__)
 
 SendPlan = Callable[[Plan], None]
 
 
-@dataclass(slots=True, eq=False)
-class LiveRequest:
-    """A request from submission to its last delta."""
-
-    request_id: str
-    completions: list[Completion]
-    # As asked for, per completion; None: as many as fit.
-    max_tokens: int | None
-    # Whether the request waits to be told of a change.
-    is_queued: bool = False
-    # Set when a completion may have a new delta, or the request failed.
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-    error: RequestError | None = None
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether every completion ended; their last deltas may still have to be written."""
-        return all(completion.seq.is_finished for completion in self.completions)
-
-
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
     """Bounds that protect the process and its callers."""
 
-    max_queued_requests: int
+    admission: AdmissionLimits
     executor_wait_timeout_s: float
     max_executor_losses: int
 
@@ -73,33 +50,32 @@ class EngineLimits:
 class Engine:
     """Owns every live request."""
 
-    # What a client that was refused for a full queue should wait; queues drain in seconds.
-    _RETRY_AFTER_S = 1.0
-
     def __init__(
         self,
         scheduler: Scheduler,
         model: ModelSpec,
         tokenizer: Tokenizer,
-        metrics: SchedulerMetrics,
+        metrics: EngineMetrics,
         limits: EngineLimits,
     ) -> None:
         self.scheduler = scheduler
         self.model = model
-        self._tokenizer = tokenizer
         self._metrics = metrics
         self._limits = limits
-        self._requests: dict[str, LiveRequest] = {}
-        self._reservations: dict[str, Reservation] = {}
-        self._num_reserved_seqs = 0
+        self._lengths = SequenceLengths(model, scheduler)
+        self.admission = Admission(limits.admission, scheduler, self._lengths)
+        self._factory = RequestFactory(tokenizer, self._lengths)
+        self._requests: dict[RequestKey, LiveRequest] = {}
+        self._reservations: dict[RequestKey, Reservation] = {}
         self._idle = asyncio.Event()
         self._idle.set()
         self._owners: dict[SequenceId, tuple[LiveRequest, Completion]] = {}
-        self._sequence_ids = map(SequenceId, itertools.count())
         self._send: SendPlan | None = None
         self._plan_scheduled = False
         self._deliveries = DeliveryQueue()
         self._had_session = False
+        # What new requests are told while none are taken.
+        self._refusal: RequestError | None = None
         self._absence = ExecutorAbsence(
             limits.executor_wait_timeout_s, self._on_executor_absent_for_too_long
         )
@@ -107,8 +83,7 @@ class Engine:
     @property
     def max_model_len(self) -> int:
         """Longest sequence: the model's own limit, or the executor's if that is less."""
-        capacity = self.scheduler.capacity
-        return min(self.model.max_model_len, capacity.max_model_len if capacity else INT32_MAX)
+        return self._lengths.max_model_len
 
     def start(self) -> None:
         """Starts the clock on the first connection."""
@@ -117,23 +92,28 @@ class Engine:
     # Requests
 
     @contextmanager
-    def reserve(self, spec: GenerateSpec) -> Iterator[Reservation]:
+    def reserve(self, spec: GenerateSpec, client: str = "") -> Iterator[Reservation]:
         """Holds the request's id and its place in the queue while its prompt is tokenized.
 
-        Raises RequestError if the id is taken or the queue is full.
+        `client` is whose request it is for the limits of each client. Raises RequestError if the id
+        is taken or the request costs more than is left.
         """
-        self._check_id(spec.request_id)
+        if self._refusal is not None:
+            # Without the frames of those who were told before.
+            raise self._refusal.with_traceback(None)
+        self._check_id(spec)
         self._check_executor()
-        self._check_queue(spec.n)
-        reservation = Reservation(spec)
-        self._reservations[spec.request_id] = reservation
-        self._num_reserved_seqs += spec.n
+        ticket = self.admission.reserve(spec, client)
+        reservation = Reservation(spec, ticket)
+        self._reservations[spec.key] = reservation
         self._idle.clear()
         try:
             yield reservation
         finally:
-            del self._reservations[spec.request_id]
-            self._num_reserved_seqs -= spec.n
+            if self._reservations.get(spec.key) is reservation:
+                del self._reservations[spec.key]
+            if not reservation.is_submitted:
+                ticket.release()
             self._update_idle()
 
     def submit(self, reservation: Reservation, prompt_token_ids: list[int]) -> LiveRequest:
@@ -142,25 +122,58 @@ class Engine:
         Raises RequestError and keeps nothing if it is refused.
         """
         spec = reservation.spec
+        if reservation.error is not None:
+            raise reservation.error
         if not reservation.is_aborted:
             self._check_executor()
-            self._check_prompt_length(len(prompt_token_ids))
-        seqs = self._new_sequences(spec, prompt_token_ids)
-        if not reservation.is_aborted and not self.scheduler.fits(seqs[0]):
-            raise self._never_fits(seqs[0])
-        request = LiveRequest(
-            spec.request_id,
-            [self._new_completion(spec, index, seq) for index, seq in enumerate(seqs)],
-            spec.max_tokens,
-        )
-        self._requests[request.request_id] = request
+            self._lengths.check_prompt(len(prompt_token_ids))
+        seqs = self._factory.sequences(reservation, prompt_token_ids)
+        if not reservation.is_aborted:
+            longest = max(seqs.values(), key=lambda seq: seq.num_tokens)
+            if longest.num_tokens >= longest.max_total_tokens or not self.scheduler.fits(longest):
+                raise self._lengths.never_fits(longest)
+            self.admission.check_queue(spec, longest.max_total_tokens)
+        request = self._factory.request(reservation, seqs)
+        reservation.is_submitted = True
+        request.ticket.submitted()
+        self._requests[request.key] = request
         for completion in request.completions:
             self._owners[completion.seq.seq_id] = (request, completion)
             self.scheduler.add(completion.seq)
+        for completion in request.completions:
+            if completion.has_stop_match:
+                # What the client has received ends in a stop string, which it was not told.
+                self.scheduler.finish(completion.seq, FinishReason.STOP)
+                self._on_finished(completion)
         if reservation.is_aborted:
             self._finish_all(request, FinishReason.ABORT)
         self._plan_soon()
         return request
+
+    def refuse_new(self, error: RequestError | None) -> None:
+        """Refuses requests with an error from now on; None: takes them again."""
+        self._refusal = error
+
+    def fail_all(self, error: RequestError) -> None:
+        """Ends everything that is live or being tokenized."""
+        for reservation in self._reservations.values():
+            reservation.fail(error)
+        for request in list(self._requests.values()):
+            if not request.is_finished:
+                self._fail(request, error)
+
+    def live_requests(self) -> list[LiveRequest]:
+        """Requests whose prompts are tokenized, oldest first."""
+        return list(self._requests.values())
+
+    def reservations(self) -> list[Reservation]:
+        """Requests whose prompts are being tokenized, oldest first."""
+        return list(self._reservations.values())
+
+    def flush_prefix_cache(self) -> int:
+        """Forgets the cached prefixes that no sequence uses; returns how many blocks that frees."""
+        blocks = self.scheduler.blocks
+        return 0 if blocks is None else blocks.drop_cache()
 
     async def wait_until_idle(self) -> None:
         """Waits until no request is live or being tokenized."""
@@ -199,100 +212,59 @@ class Engine:
         except TimeoutError as error:
             raise DeadlineError("the deadline of the call passed") from error
 
-    def abort(self, request_id: str) -> bool:
+    def abort(self, request_id: str, owner: str = "") -> bool:
         """Ends a live request; its stream gets terminal deltas. Returns whether there was one."""
-        reservation = self._reservations.get(request_id)
+        key = RequestKey(request_id, owner)
+        reservation = self._reservations.get(key)
         if reservation is not None:
             reservation.abort()
             return True
-        request = self._requests.get(request_id)
+        request = self._requests.get(key)
         if request is None:
             return False
         self._finish_all(request, FinishReason.ABORT)
         self._deliveries.tell(request)
         return True
 
-    def _check_id(self, request_id: str) -> None:
-        if request_id in self._requests or request_id in self._reservations:
+    def check_arrival(self, key: RequestKey, client: str, priority: int) -> None:
+        """Refuses what has no chance, before the request is looked at any closer.
+
+        Raises RequestError.
+        """
+        self._check_executor()
+        # A live id is for `reserve` to judge: a request that resumes takes its own place.
+        if key not in self._requests and key not in self._reservations:
+            self.admission.check_arrival(client, priority)
+
+    def _check_id(self, spec: GenerateSpec) -> None:
+        live = self._requests.get(spec.key)
+        reservation = self._reservations.get(spec.key)
+        held = []
+        if live is not None:
+            held.append(live.resume)
+        if reservation is not None:
+            held.append(reservation.spec.resume)
+        if any(resume is None or not resume.is_same_request(spec.resume) for resume in held):
             raise DuplicateRequestError(
-                f"request_id {request_id!r} belongs to a live request; choose another"
+                f"request_id {spec.request_id!r} belongs to a live request; choose another"
             )
+        # The client has given up the older call, which may not have noticed.
+        error = SupersededError("another call resumed the request")
+        if live is not None:
+            self._fail(live, error)
+        if reservation is not None:
+            reservation.fail(error)
 
     def _check_executor(self) -> None:
         if self._absence.is_too_long:
             raise self._absence.error()
 
-    def _check_queue(self, num_new: int) -> None:
-        waiting = self.scheduler.num_waiting + self._num_reserved_seqs
-        if waiting + num_new > self._limits.max_queued_requests:
-            raise QueueFullError(
-                f"{waiting} sequences wait already, the limit is "
-                f"{self._limits.max_queued_requests}; try again later",
-                self._RETRY_AFTER_S,
-            )
-
-    def _check_prompt_length(self, num_prompt: int) -> None:
-        longest = self.max_model_len
-        if num_prompt >= longest:
-            raise InvalidFieldError(
-                "prompt",
-                f"the prompt has {num_prompt} tokens, but at most {longest - 1} leave room for "
-                "an output token",
-            )
-
-    def _new_sequences(self, spec: GenerateSpec, prompt_token_ids: list[int]) -> list[Sequence]:
-        num_prompt = len(prompt_token_ids)
-        max_total = self._max_total_tokens(num_prompt, spec.max_tokens)
-        arrival_s = time.monotonic()
-        return [
-            Sequence(
-                next(self._sequence_ids),
-                prompt_token_ids,
-                max_total_tokens=max_total,
-                min_total_tokens=num_prompt + spec.min_tokens,
-                sampling=sampling,
-                stop_token_ids=spec.stop_token_ids,
-                priority=spec.priority,
-                arrival_s=arrival_s,
-                cache_salt=spec.cache_salt,
-            )
-            for sampling in spec.samplings
-        ]
-
-    def _max_total_tokens(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
-        if max_tokens is not None:
-            return min(num_prompt_tokens + max_tokens, self.max_model_len)
-        capacity = self.scheduler.capacity
-        if capacity is None:
-            return self.max_model_len
-        # Without a limit of its own, a request is content with what the cache can hold.
-        holds = min(self.max_model_len, capacity.max_kv_tokens + 1)
-        return max(holds, num_prompt_tokens + 1)
-
-    def _new_completion(self, spec: GenerateSpec, index: int, seq: Sequence) -> Completion:
-        detokenizer = None
-        if spec.detokenize:
-            skip = spec.skip_special_tokens
-            detokenizer = IncrementalDetokenizer(
-                lambda ids: self._tokenizer.decode(ids, skip_special_tokens=skip), seq.token_ids
-            )
-        matcher = None
-        if spec.stop:
-            matcher = StopMatcher(spec.stop, include_in_output=spec.include_stop_str_in_output)
-        return Completion(
-            index,
-            seq,
-            detokenizer,
-            matcher,
-            min_tokens=spec.min_tokens,
-            include_stop_token=spec.include_stop_str_in_output,
-        )
-
     def _end(self, request: LiveRequest, reason: FinishReason) -> None:
         """Forgets a request; whatever of it still runs ends for `reason`."""
         self._finish_all(request, reason)
-        if self._requests.get(request.request_id) is request:
-            del self._requests[request.request_id]
+        if self._requests.get(request.key) is request:
+            del self._requests[request.key]
+        request.ticket.release()
         self._update_idle()
 
     def _update_idle(self) -> None:
@@ -300,8 +272,15 @@ class Engine:
             self._idle.set()
 
     def _on_finished(self, completion: Completion) -> None:
-        self._owners.pop(completion.seq.seq_id, None)
-        record_finished(self._metrics, completion)
+        request, _ = self._owners.pop(completion.seq.seq_id)
+        completion.finished_s = time.monotonic()
+        seq = completion.seq
+        ran_to_its_end = seq.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+        if ran_to_its_end and seq.first_admitted_s is not None:
+            self.admission.observe_service_time(completion.finished_s - seq.first_admitted_s)
+        self._metrics.on_finished(completion)
+        if not any(each.seq.seq_id in self._owners for each in request.completions):
+            self._metrics.on_request_finished(request.completions, request.max_tokens)
 
     def _finish_all(self, request: LiveRequest, reason: FinishReason) -> None:
         for completion in request.completions:
@@ -315,26 +294,13 @@ class Engine:
         self._finish_all(request, FinishReason.ERROR)
         self._deliveries.tell(request)
 
-    def _never_fits(self, seq: Sequence) -> NeverFitsError:
-        capacity = self.scheduler.capacity
-        if seq.num_tokens >= self.max_model_len:
-            return NeverFitsError(
-                f"the sequence has {seq.num_tokens} tokens, but the executor takes less than "
-                f"{self.max_model_len}; send less, or give the executor a larger model length"
-            )
-        holds = capacity.max_kv_tokens if capacity else 0
-        return NeverFitsError(
-            f"prompt and max_tokens need {seq.max_kv_tokens} tokens of KV cache, but it holds "
-            f"{holds}; send less, lower max_tokens, or give the executor more KV memory"
-        )
-
     # The executor link
 
     def on_connected(self, capacity: ExecutorCapacity, send: SendPlan) -> None:
         """A session is open: all slots are free, the cache is empty."""
         self._absence.end()
         if self._had_session:
-            self._metrics.executor_restarts.inc()
+            self._metrics.on_executor_restart()
         self._had_session = True
         self._send = send
         for seq in self.scheduler.attach(capacity):
@@ -343,9 +309,11 @@ class Engine:
                 continue  # ended below, with another completion of its request
             request, _ = owner
             # The limit was made for another executor, or before there was any.
-            seq.max_total_tokens = self._max_total_tokens(seq.num_prompt_tokens, request.max_tokens)
+            seq.max_total_tokens = self._lengths.max_total_tokens(
+                seq.num_prompt_tokens, request.max_tokens
+            )
             if seq.num_tokens >= seq.max_total_tokens or not self.scheduler.fits(seq):
-                self._fail(request, self._never_fits(seq))
+                self._fail(request, self._lengths.never_fits(seq))
         self._plan_soon()
 
     def on_disconnected(self, problem: str) -> None:
@@ -354,7 +322,13 @@ class Engine:
         if self._send is None:
             return
         self._send = None
+        now_s = time.monotonic()
+        for _, completion in self._owners.values():
+            seq = completion.seq
+            if seq.history is not None and seq.slot is not None:
+                seq.history.executor_lost(now_s)
         self.scheduler.detach()
+        self.admission.on_executor_lost()
         limit = self._limits.max_executor_losses
         for request in list(self._requests.values()):
             for completion in request.completions:
@@ -374,19 +348,28 @@ class Engine:
         """Takes in results in order. Raises ExecutorProtocolError."""
         now_s = time.monotonic()
         token_counts: dict[SequenceId, int] = {}
+        progress: list[tuple[int, list[Sequence]]] = []
         for result in results:
             progressed, num_tokens = self.scheduler.update(result)
+            progress.append((result.iteration, progressed))
             if num_tokens:
-                self._metrics.iteration_tokens.observe(num_tokens)
+                self._metrics.on_iteration(num_tokens)
             for seq in progressed:
                 token_counts[seq.seq_id] = token_counts.get(seq.seq_id, 0) + 1
                 _, completion = self._owners[seq.seq_id]
                 if completion.stop_matcher is not None and completion.match_stop_strings():
                     self.scheduler.finish(seq, FinishReason.STOP)
                     seq.finish_reason = FinishReason.STOP
-        for seq_id, count in token_counts.items():
-            request, completion = self._owners[seq_id]
-            record_tokens(self._metrics, completion, count, now_s)
+        owners = [self._owners[seq_id] for seq_id in token_counts]
+        for _, completion in owners:
+            if completion.seq.history is not None:
+                completion.note_iterations(completion.seq.history, progress)
+        completions = (completion for _, completion in owners)
+        self._metrics.on_tokens(zip(completions, token_counts.values(), strict=True), now_s)
+        for request, completion in owners:
+            if completion.first_token_s is None:
+                completion.first_token_s = now_s
+            completion.last_token_s = now_s
             if completion.seq.is_finished:
                 self._on_finished(completion)
             self._deliveries.tell(request)
@@ -406,6 +389,7 @@ class Engine:
             return
         while (plan := self.scheduler.schedule(time.monotonic())) is not None:
             self._send(plan)
+        self.admission.observe_plan(time.monotonic())
 
     def _on_executor_absent_for_too_long(self) -> None:
         for request in list(self._requests.values()):

@@ -68,6 +68,69 @@ class QueueFullError(RetryableError):
     label = "queue_full"
 
 
+class QueueTokensError(RetryableError):
+    """The sequences that wait are too large together."""
+
+    code = code_pb2.RESOURCE_EXHAUSTED
+    label = "queue_tokens"
+
+
+class QueueWaitError(RetryableError):
+    """The queue is so long that the request would wait for too long."""
+
+    code = code_pb2.RESOURCE_EXHAUSTED
+    label = "queue_wait"
+
+
+class ClientLimitError(RetryableError):
+    """One client has too many requests under way."""
+
+    code = code_pb2.RESOURCE_EXHAUSTED
+    label = "client_limit"
+
+
+class ResponseMemoryError(RetryableError):
+    """Answers that nobody may read could take up too much memory."""
+
+    code = code_pb2.RESOURCE_EXHAUSTED
+    label = "response_memory"
+
+
+class TokenizerBusyError(RetryableError):
+    """Too much text waits to be tokenized."""
+
+    code = code_pb2.RESOURCE_EXHAUSTED
+    label = "tokenizer_busy"
+
+
+class DrainingError(RetryableError):
+    """An administrator has asked the server to take no new requests."""
+
+    code = code_pb2.UNAVAILABLE
+    label = "draining"
+
+
+class ShuttingDownError(RetryableError):
+    """The server ends; another one, or its successor, takes the request."""
+
+    code = code_pb2.UNAVAILABLE
+    label = "shutting_down"
+
+
+class SupersededError(RequestError):
+    """Another call resumed the request."""
+
+    code = code_pb2.ABORTED
+    label = "superseded"
+
+
+class SlowReaderError(RequestError):
+    """The client does not read its answer."""
+
+    code = code_pb2.ABORTED
+    label = "slow_reader"
+
+
 class NeverFitsError(RequestError):
     """The KV cache is too small for the request, however long it waits."""
 

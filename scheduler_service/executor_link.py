@@ -14,16 +14,23 @@ from typing import TypeAlias, cast
 import grpc
 
 from nanovllm.channel import EXECUTOR_CHANNEL_OPTIONS
+from nanovllm.logs import fields
+from nanovllm.tls import ClientTls
 from nanovllm.v1 import executor_pb2, executor_pb2_grpc
 from nanovllm.wire import WireError
 from scheduler_service.engine import Engine
+from scheduler_service.executor_liveness import ExecutorLiveness, LivenessLimits
+from scheduler_service.metrics import SchedulerMetrics
 from scheduler_service.plan import Plan, decode_step_result, encode_plan
+from scheduler_service.result_order import ResultOrder, ResultOrderError
+from scheduler_service.round_trips import RoundTrips
 from scheduler_service.scheduler import ExecutorCapacity, ExecutorProtocolError
+from scheduler_service.session_end import SessionEnd
 
 logger = logging.getLogger(__name__)
 
 _MIN_BACKOFF_S = 0.1
-_MAX_BACKOFF_S = 2.0
+_MAX_BACKOFF_S = 0.5
 _CALL_TIMEOUT_S = 5.0
 
 
@@ -32,12 +39,20 @@ ExecuteCall: TypeAlias = grpc.aio.StreamStreamCall
 StateListener: TypeAlias = Callable[[bool], Awaitable[None]]
 
 
+# Status codes with which an executor says why it ended the session.
+_END_REASONS = {
+    grpc.StatusCode.ABORTED: SessionEnd.FENCED,
+    grpc.StatusCode.INVALID_ARGUMENT: SessionEnd.PROTOCOL,
+    grpc.StatusCode.FAILED_PRECONDITION: SessionEnd.REFUSED,
+}
+
+
 class SessionEndedError(Exception):
-    """The session is over; the message says why."""
+    """The session is over, or did not come about; the message says why."""
 
-
-class FencedError(SessionEndedError):
-    """The executor ended the session because a newer scheduler has taken it over."""
+    def __init__(self, message: str, reason: SessionEnd) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,20 +60,28 @@ class LinkSettings:
     """Where the executor is and how long it may be silent."""
 
     address: str
-    stall_timeout_s: float
+    liveness: LivenessLimits
+    # None: plaintext.
+    tls: ClientTls | None = None
 
 
 class ExecutorLink:
     """Keeps one session with the executor open for as long as the process lives."""
 
-    def __init__(self, engine: Engine, settings: LinkSettings, on_change: StateListener) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        settings: LinkSettings,
+        metrics: SchedulerMetrics,
+        on_change: StateListener,
+    ) -> None:
         self._engine = engine
         self._settings = settings
+        self._metrics = metrics
         self._on_change = on_change
         self.info: executor_pb2.GetExecutorInfoResponse | None = None
         self._outbox: deque[Plan] = deque()
         self._outbox_filled = asyncio.Event()
-        self._last_result_s = 0.0
         # Taking the executor back from the scheduler that took it would never end.
         self._is_fenced = False
 
@@ -70,35 +93,46 @@ class ExecutorLink:
     async def run(self) -> None:
         """Opens session after session until cancelled."""
         backoff_s = _MIN_BACKOFF_S
-        last_problem = ""
+        last_kind: object = None
+        public_problem = ""
         while True:
             had_session = False
             try:
                 await self._run_session()
             except (SessionEndedError, grpc.aio.AioRpcError) as error:
-                self._is_fenced = self._is_fenced or isinstance(error, FencedError)
+                if isinstance(error, SessionEndedError):
+                    self._is_fenced = self._is_fenced or error.reason is SessionEnd.FENCED
+                    self._metrics.count_session_end(error.reason)
                 problem = self._describe(error)
                 had_session = self.info is not None
-                if had_session or problem != last_problem:
-                    logger.warning("executor %s: %s", self.address, problem)
-                last_problem = problem
+                # gRPC words one and the same absence in several ways.
+                kind = error.code() if isinstance(error, grpc.aio.AioRpcError) else problem
+                if had_session or kind != last_kind:
+                    logger.warning(
+                        "executor unavailable",
+                        extra=fields(executor=self.address, problem=problem),
+                    )
+                last_kind = kind
+                public_problem = _public(error)
             except Exception as error:
                 # A bug that one session or one request brings out must not end the service.
+                self._metrics.count_session_end(SessionEnd.BUG)
                 had_session = self.info is not None
-                last_problem = f"the scheduler failed in a session: {error!r}"
-                logger.exception("executor %s: %s", self.address, last_problem)
+                public_problem = "the scheduler failed in a session"
+                last_kind = problem = f"{public_problem}: {error!r}"
+                logger.exception(
+                    "session failed", extra=fields(executor=self.address, problem=problem)
+                )
             finally:
                 self.info = None
                 await self._on_change(False)
-            self._engine.on_disconnected(last_problem)
+            self._engine.on_disconnected(public_problem)
             backoff_s = _MIN_BACKOFF_S if had_session else min(2 * backoff_s, _MAX_BACKOFF_S)
             # Jitter keeps several schedulers from knocking at the same moment.
             await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
 
     async def _run_session(self) -> None:
-        async with grpc.aio.insecure_channel(
-            self.address, options=EXECUTOR_CHANNEL_OPTIONS
-        ) as channel:
+        async with self._channel() as channel:
             stub = executor_pb2_grpc.ExecutorServiceStub(channel)
             info = await stub.GetExecutorInfo(
                 executor_pb2.GetExecutorInfoRequest(), timeout=_CALL_TIMEOUT_S
@@ -106,7 +140,8 @@ class ExecutorLink:
             self._check_model(info)
             if self._is_fenced and info.has_session:
                 raise SessionEndedError(
-                    "another scheduler has taken it over; this one waits until that one is gone"
+                    "another scheduler has taken it over; this one waits until that one is gone",
+                    SessionEnd.REFUSED,
                 )
             self._is_fenced = False
             call = stub.Execute()
@@ -118,40 +153,65 @@ class ExecutorLink:
             finally:
                 call.cancel()
 
+    def _channel(self) -> grpc.aio.Channel:
+        tls = self._settings.tls
+        if tls is None:
+            return grpc.aio.insecure_channel(self.address, options=EXECUTOR_CHANNEL_OPTIONS)
+        options = [*EXECUTOR_CHANNEL_OPTIONS, *tls.options]
+        return grpc.aio.secure_channel(self.address, tls.credentials(), options=options)
+
     def _check_model(self, info: executor_pb2.GetExecutorInfoResponse) -> None:
         model = self._engine.model
         if info.model_fingerprint != model.fingerprint:
             raise SessionEndedError(
                 f"it serves another model (fingerprint {info.model_fingerprint[:12]}, this "
                 f"scheduler serves {model.name!r}, fingerprint {model.fingerprint[:12]}); start "
-                "both services with the same --model"
+                "both services with the same --model",
+                SessionEnd.REFUSED,
             )
 
     async def _start(self, call: ExecuteCall, epoch: int) -> None:
-        start = executor_pb2.StartSession(expected_epoch=epoch, session_id=secrets.randbits(64))
+        start = executor_pb2.StartSession(
+            expected_epoch=epoch,
+            session_id=secrets.randbits(64),
+            heartbeat_interval_ms=max(1, int(self._settings.liveness.heartbeat_interval_s * 1000)),
+        )
         async with _limit(_CALL_TIMEOUT_S, "did not answer StartSession"):
             await _write(call, executor_pb2.ExecuteRequest(start_session=start))
             answer = await _read(call)
         if answer is None or not answer.HasField("session_started"):
-            raise SessionEndedError("did not answer StartSession with SessionStarted")
+            raise SessionEndedError(
+                "did not answer StartSession with SessionStarted", SessionEnd.REFUSED
+            )
+        started = answer.session_started
+        if (started.epoch, started.session_id) != (epoch, start.session_id):
+            raise SessionEndedError("answered StartSession for another session", SessionEnd.REFUSED)
 
     async def _converse(
         self, call: ExecuteCall, info: executor_pb2.GetExecutorInfoResponse
     ) -> None:
         self.info = info
         self._outbox.clear()
-        self._last_result_s = time.monotonic()
+        liveness = ExecutorLiveness(self._settings.liveness, time.monotonic())
+        trips = RoundTrips(self._metrics.executor_round_trip.observe)
         self._engine.on_connected(_capacity(info), self._send)
         await self._on_change(True)
         logger.info(
-            "executor %s: connected, %d blocks of %d tokens, %d slots, %s on %s",
-            *(self.address, info.num_blocks, info.block_size, info.max_num_seqs),
-            *(info.dtype, info.device),
+            "executor connected",
+            extra=fields(
+                executor=self.address,
+                epoch=str(info.epoch),
+                num_blocks=info.num_blocks,
+                block_size=info.block_size,
+                max_num_seqs=info.max_num_seqs,
+                dtype=info.dtype,
+                device=info.device,
+            ),
         )
         tasks = [
-            asyncio.create_task(self._read_results(call), name="read results"),
-            asyncio.create_task(self._write_plans(call), name="write plans"),
-            asyncio.create_task(self._watch_progress(), name="watch progress"),
+            asyncio.create_task(self._read_results(call, liveness, trips), name="read results"),
+            asyncio.create_task(self._write_plans(call, trips), name="write plans"),
+            asyncio.create_task(self._watch(liveness), name="watch executor"),
         ]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -166,38 +226,48 @@ class ExecutorLink:
         self._outbox.append(plan)
         self._outbox_filled.set()
 
-    async def _write_plans(self, call: ExecuteCall) -> None:
+    async def _write_plans(self, call: ExecuteCall, trips: RoundTrips) -> None:
         while True:
             await self._outbox_filled.wait()
             self._outbox_filled.clear()
             while self._outbox:
                 plan = encode_plan(self._outbox.popleft())
+                self._metrics.plans.inc()
+                trips.sent(plan.step_id, time.monotonic())
                 await _write(call, executor_pb2.ExecuteRequest(plan=plan))
 
-    async def _read_results(self, call: ExecuteCall) -> None:
+    async def _read_results(
+        self, call: ExecuteCall, liveness: ExecutorLiveness, trips: RoundTrips
+    ) -> None:
+        order = ResultOrder()
         while True:
             message = await _read(call)
             if message is None:
                 raise await _end_of(call)
-            self._last_result_s = time.monotonic()
-            try:
-                self._engine.on_results(
-                    [decode_step_result(result) for result in message.step_results.results]
-                )
-            except (WireError, ExecutorProtocolError) as error:
-                raise SessionEndedError(f"broke the protocol: {error}") from error
-
-    async def _watch_progress(self) -> None:
-        limit_s = self._settings.stall_timeout_s
-        while True:
-            await asyncio.sleep(limit_s / 10)
-            if not self._engine.scheduler.has_work_in_flight:
-                # The clock starts with the work.
-                self._last_result_s = time.monotonic()
+            if message.HasField("heartbeat"):
+                liveness.on_heartbeat(message.heartbeat.num_iterations, time.monotonic())
                 continue
-            silent_s = time.monotonic() - self._last_result_s
-            if silent_s > limit_s:
-                raise SessionEndedError(f"made no progress for {silent_s:.1f} s")
+            now_s = time.monotonic()
+            liveness.on_results(now_s)
+            try:
+                results = [decode_step_result(result) for result in message.step_results.results]
+                for result in results:
+                    order.check(result)
+                    trips.acknowledged(result.applied_step_id, now_s)
+                self._engine.on_results(results)
+            except (WireError, ResultOrderError, ExecutorProtocolError) as error:
+                raise SessionEndedError(
+                    f"broke the protocol: {error}", SessionEnd.PROTOCOL
+                ) from error
+
+    async def _watch(self, liveness: ExecutorLiveness) -> None:
+        while True:
+            await asyncio.sleep(self._settings.liveness.check_interval_s)
+            problem = liveness.problem(
+                has_work=self._engine.scheduler.has_work_in_flight, now_s=time.monotonic()
+            )
+            if problem is not None:
+                raise SessionEndedError(problem, SessionEnd.STALLED)
 
     @staticmethod
     def _describe(error: Exception) -> str:
@@ -206,13 +276,27 @@ class ExecutorLink:
         return str(error)
 
 
+def _public(error: SessionEndedError | grpc.aio.AioRpcError) -> str:
+    """What clients may be told: not what gRPC says, which names addresses and socket files."""
+    if isinstance(error, SessionEndedError) and error.reason is not SessionEnd.LOST:
+        return str(error)
+    return "it cannot be reached or ended its session"
+
+
 def _capacity(info: executor_pb2.GetExecutorInfoResponse) -> ExecutorCapacity:
+    sizes = ("num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens", "max_model_len")
+    for name in sizes:
+        if getattr(info, name) < 1:
+            raise SessionEndedError(
+                f"claims a {name} of {getattr(info, name)}", SessionEnd.PROTOCOL
+            )
     return ExecutorCapacity(
         num_blocks=info.num_blocks,
         block_size=info.block_size,
         max_num_seqs=info.max_num_seqs,
         max_num_batched_tokens=info.max_num_batched_tokens,
         max_model_len=info.max_model_len,
+        executor_epoch=info.epoch,
     )
 
 
@@ -235,8 +319,8 @@ async def _end_of(call: ExecuteCall) -> SessionEndedError:
 
 
 def _ended(code: grpc.StatusCode, details: str | None) -> SessionEndedError:
-    kind = FencedError if code is grpc.StatusCode.ABORTED else SessionEndedError
-    return kind(f"ended the session: {code.name}: {details}")
+    reason = _END_REASONS.get(code, SessionEnd.LOST)
+    return SessionEndedError(f"ended the session: {code.name}: {details}", reason)
 
 
 @contextlib.asynccontextmanager
@@ -245,4 +329,4 @@ async def _limit(timeout_s: float, problem: str) -> AsyncIterator[None]:
         async with asyncio.timeout(timeout_s):
             yield
     except TimeoutError as error:
-        raise SessionEndedError(f"{problem} within {timeout_s:g} s") from error
+        raise SessionEndedError(f"{problem} within {timeout_s:g} s", SessionEnd.REFUSED) from error

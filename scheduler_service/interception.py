@@ -83,7 +83,7 @@ async def end_call(context: Context, code: grpc.StatusCode, message: str) -> Non
     try:
         await context.abort(code, message)
     except grpc.aio.InternalError:
-        logger.debug("a call was over before it could be told: %s", message)
+        logger.debug("a call was over before it could be told", extra=fields(status=message))
 
 
 def refusal(code: grpc.StatusCode, message: str) -> Any:

@@ -58,7 +58,7 @@ def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelSpecError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise ModelSpecError(f"{path} holds no JSON object")

@@ -1,19 +1,33 @@
 """Tokenizes prompts off the event loop and bounds what a prompt may cost."""
 
 import asyncio
+import contextlib
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
-from scheduler_service.errors import InvalidFieldError
+from scheduler_service.errors import InvalidFieldError, TokenizerBusyError
 from scheduler_service.tokenizer import Tokenizer
 from scheduler_service.validation import ChatPrompt, Prompt, TextPrompt, TokenPrompt
+
+# What a client should wait when the threads have too much to do; they need seconds at most.
+_RETRY_AFTER_S = 1.0
+T = TypeVar("T")
 
 
 class PromptEncoder:
     """Turns prompts into token ids on threads of its own."""
 
-    def __init__(self, tokenizer: Tokenizer, num_threads: int = 2) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, num_threads: int = 2, max_pending_bytes: int = 64 << 20
+    ) -> None:
+        """Starts the threads; `max_pending_bytes` bounds what waits for them, in memory."""
         self._tokenizer = tokenizer
+        self._max_pending_bytes = max_pending_bytes
+        self._pending_bytes = 0
+        # Work waits here rather than in the pool's queue, which keeps what was cancelled.
+        self._idle_threads = asyncio.Semaphore(num_threads)
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="tokenizer")
 
     async def encode(
@@ -25,12 +39,16 @@ class PromptEncoder:
                 field = "token_ids"
             case TextPrompt(text):
                 field = "text"
+                self._check_length(field, text, max_tokens)
                 token_ids = await self._run(
-                    self._encode, field, text, max_tokens, add_special_tokens
+                    sys.getsizeof(text), lambda: self._encode(text, add_special_tokens)
                 )
             case ChatPrompt():
                 field = "chat"
-                token_ids = await self._run(self._encode_chat, prompt, max_tokens)
+                num_bytes = sum(sys.getsizeof(turn.content) for turn in prompt.turns)
+                token_ids = await self._run(
+                    num_bytes, lambda: self._encode_chat(prompt, max_tokens)
+                )
         if not token_ids:
             raise InvalidFieldError(field, "the prompt has no tokens")
         if len(token_ids) > max_tokens:
@@ -39,8 +57,8 @@ class PromptEncoder:
 
     async def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
         """Text of token ids."""
-        return await asyncio.get_running_loop().run_in_executor(
-            self._threads,
+        return await self._run(
+            sys.getsizeof(token_ids),
             lambda: self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens),
         )
 
@@ -48,9 +66,35 @@ class PromptEncoder:
         """Ends the threads."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _run(self, function: Callable[..., list[int]], *arguments: object) -> list[int]:
+    async def _run(self, num_bytes: int, work: Callable[[], T]) -> T:
+        """Runs `work`, which holds `num_bytes`, on a thread. Raises TokenizerBusyError."""
+        if self._pending_bytes and self._pending_bytes + num_bytes > self._max_pending_bytes:
+            raise TokenizerBusyError(
+                f"{self._pending_bytes} bytes of text wait for tokenization, the limit is "
+                f"{self._max_pending_bytes}; try again later",
+                _RETRY_AFTER_S,
+            )
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, function, *arguments)
+
+        def release() -> None:
+            self._pending_bytes -= num_bytes
+            self._idle_threads.release()
+
+        def release_from_thread(_: object) -> None:
+            # Closed if the process is about to end.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(release)
+
+        self._pending_bytes += num_bytes
+        try:
+            await self._idle_threads.acquire()
+        except asyncio.CancelledError:
+            self._pending_bytes -= num_bytes
+            raise
+        # Even if nobody waits for it any more, the thread is busy until the work is done.
+        future = self._threads.submit(work)
+        future.add_done_callback(release_from_thread)
+        return await asyncio.wrap_future(future)
 
     def _encode_chat(self, prompt: ChatPrompt, max_tokens: int) -> list[int]:
         text = self._tokenizer.render_chat(
@@ -58,16 +102,17 @@ class PromptEncoder:
             add_generation_prompt=prompt.add_generation_prompt,
             template_kwargs_json=prompt.template_kwargs_json,
         )
+        self._check_length("chat", text, max_tokens)
         # The template writes its special tokens itself.
-        return self._encode("chat", text, max_tokens, False)
+        return self._encode(text, False)
 
-    def _encode(
-        self, field: str, text: str, max_tokens: int, add_special_tokens: bool
-    ) -> list[int]:
+    def _check_length(self, field: str, text: str, max_tokens: int) -> None:
         # Megabytes of text would keep a thread busy for seconds just to be refused.
         least = self._tokenizer.least_num_tokens(text)
         if least > max_tokens:
             raise _too_long(field, f"has at least {least} tokens", max_tokens)
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
 

@@ -1,17 +1,18 @@
-"""One log line for each Generate call when it is over; refusals are limited per second."""
+"""One log line for each Generate call when it is over.
 
-import asyncio
+Lines on calls that were never queued are limited per second: a caller pays nothing for them.
+"""
+
 import logging
 from collections import Counter
 
 from nanovllm.logs import fields
 from scheduler_service.call_record import MAX_LOGGED_CHARS, CallRecord
 from scheduler_service.errors import InvalidFieldError
+from scheduler_service.log_budget import LogBudget
 from scheduler_service.validation import ChatPrompt, Prompt, TextPrompt
 
 logger = logging.getLogger(__name__)
-
-_WINDOW_S = 1.0
 
 
 class RequestLog:
@@ -20,48 +21,27 @@ class RequestLog:
     Lines hold neither prompt nor output unless `log_prompts` is set, then the beginnings of both.
     """
 
-    #: Lines on refused requests in a second; an overload must not fill the disk.
-    MAX_REFUSALS_PER_S = 10
+    #: Lines in a second on requests that were not queued.
+    MAX_UNQUEUED_PER_S = 10
 
     def __init__(self, *, log_prompts: bool = False) -> None:
         self.log_prompts = log_prompts
-        self._window: asyncio.TimerHandle | None = None
-        self._num_refusals_written = 0
-        self._unwritten: Counter[str] = Counter()
+        self._unqueued = LogBudget(self.MAX_UNQUEUED_PER_S, _write_rest)
 
     def write(self, call: CallRecord, trace_id: str | None = None) -> None:
         """Writes the line of a call that is over."""
         if not logger.isEnabledFor(logging.INFO):
             return
-        if not call.is_refused:
-            logger.info("request ended", extra=self._ended(call, trace_id))
-        elif self._may_write_refusal(call):
+        if not call.was_queued and not self._unqueued.allows(_reason(call) or call.code):
+            return
+        if call.is_refused:
             logger.info("request refused", extra=_refused(call, trace_id))
+        else:
+            logger.info("request ended", extra=self._ended(call, trace_id))
 
     def close(self) -> None:
         """Writes what is left to say."""
-        if self._window is not None:
-            self._window.cancel()
-            self._end_window()
-
-    def _may_write_refusal(self, call: CallRecord) -> bool:
-        if self._window is None:
-            self._window = asyncio.get_running_loop().call_later(_WINDOW_S, self._end_window)
-            self._num_refusals_written = 0
-        if self._num_refusals_written < self.MAX_REFUSALS_PER_S:
-            self._num_refusals_written += 1
-            return True
-        self._unwritten[_reason(call) or call.code] += 1
-        return False
-
-    def _end_window(self) -> None:
-        self._window = None
-        if self._unwritten:
-            logger.info(
-                "more requests refused",
-                extra=fields(count=self._unwritten.total(), **self._unwritten),
-            )
-            self._unwritten.clear()
+        self._unqueued.close()
 
     def _ended(self, call: CallRecord, trace_id: str | None) -> dict[str, object]:
         spans_ms = {f"{phase.name}_ms": _ms(phase.end_s - phase.start_s) for phase in call.phases()}
@@ -87,6 +67,10 @@ class RequestLog:
             prompt=_shown(call.spec.prompt) if self.log_prompts and call.spec else None,
             output=call.texts.shown() if call.texts is not None else None,
         )
+
+
+def _write_rest(left_out: Counter[str]) -> None:
+    logger.info("more requests refused", extra=fields(count=left_out.total(), **left_out))
 
 
 def _refused(call: CallRecord, trace_id: str | None) -> dict[str, object]:
@@ -118,7 +102,10 @@ def _shown(prompt: Prompt) -> str:
             shown = text
         case ChatPrompt(turns):
             # Enough turns for the limit; a conversation may have thousands.
-            shown = "\n".join(f"{turn.role}: {turn.content}" for turn in turns[:MAX_LOGGED_CHARS])
+            shown = "\n".join(
+                f"{turn.role}: {turn.content}"[: MAX_LOGGED_CHARS + 1]
+                for turn in turns[:MAX_LOGGED_CHARS]
+            )
         case _:
             shown = str(prompt.token_ids[:MAX_LOGGED_CHARS])
     return shown if len(shown) <= MAX_LOGGED_CHARS else f"{shown[:MAX_LOGGED_CHARS]}..."

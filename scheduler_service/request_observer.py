@@ -12,6 +12,7 @@ import grpc
 from scheduler_service.call_record import (
     CANCELLED,
     DEADLINE_EXCEEDED,
+    GENERATE,
     INTERNAL,
     CallRecord,
     OutputTexts,
@@ -49,10 +50,13 @@ class RequestObserver:
 
     @contextmanager
     def observe(
-        self, request: IdentifiedRequest, context: grpc.aio.ServicerContext
+        self,
+        request: IdentifiedRequest,
+        context: grpc.aio.ServicerContext,
+        method: str = GENERATE,
     ) -> Iterator[CallRecord]:
         """The record of a call, to be filled in inside the block."""
-        call = CallRecord(time.monotonic(), caller_of(context), request.request_id)
+        call = CallRecord(time.monotonic(), caller_of(context), request.request_id, method=method)
         if self._tracer is not None:
             call.metadata = context.invocation_metadata() or ()
             call.keeps_history = True

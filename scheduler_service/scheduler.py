@@ -13,9 +13,15 @@ works ahead of it. Two facts make that safe:
 """
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from scheduler_service.block_manager import BlockHash, BlockId, BlockManager
+from scheduler_service.block_manager import (
+    BlockHash,
+    BlockId,
+    BlockManager,
+    PrefixListener,
+    StoredBlock,
+)
 from scheduler_service.plan import (
     FINISH_LENGTH,
     FINISH_NONE,
@@ -69,6 +75,8 @@ class ExecutorCapacity:
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
+    # Names the executor's process in traces.
+    executor_epoch: int = field(default=0, compare=False)
 
     @property
     def max_kv_tokens(self) -> int:
@@ -84,6 +92,8 @@ class SchedulerStats:
     recomputed_tokens: int = 0
     prefix_queried_tokens: int = 0
     prefix_hit_tokens: int = 0
+    # Cost of the sequences that got a slot, counted again each time that one gets another.
+    admitted_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -108,6 +118,7 @@ class Scheduler:
         self.stats = SchedulerStats()
         self.capacity: ExecutorCapacity | None = None
         self.blocks: BlockManager | None = None
+        self._prefix_listener: PrefixListener | None = None
         self._waiting = WaitingQueue(policy.priority_aging_s)
         # Admitted sequences in admission order, by state.
         self._prefilling: dict[SequenceId, Sequence] = {}
@@ -119,11 +130,24 @@ class Scheduler:
         self._promised: dict[BlockHash, SequenceId] = {}
         self._prefill_plans: deque[_PrefillPlan] = deque()
         self._last_step_id = StepId(0)
+        #: Cost of the running sequences.
+        self.num_running_tokens = 0
+        #: Whether a sequence would have been admitted but for a free slot or blocks.
+        self.is_full = False
 
     @property
     def num_waiting(self) -> int:
         """Sequences without a slot."""
         return len(self._waiting)
+
+    def num_waiting_tokens(self, min_priority: int | None = None) -> int:
+        """Cost of the sequences without a slot, of this priority and above; None: of all."""
+        return self._waiting.num_tokens(min_priority)
+
+    @property
+    def num_waiting_prompt_tokens(self) -> int:
+        """Prompt tokens of the sequences without a slot."""
+        return self._waiting.num_prompt_tokens
 
     @property
     def num_running(self) -> int:
@@ -152,6 +176,7 @@ class Scheduler:
             self.detach()
         self.capacity = capacity
         self.blocks = BlockManager(capacity.num_blocks, capacity.block_size)
+        self.listen_to_prefixes(self._prefix_listener)
         self._free_slots = [SlotId(i) for i in range(capacity.max_num_seqs - 1, -1, -1)]
         self._last_step_id = StepId(0)
         for seq in self._waiting:
@@ -166,9 +191,17 @@ class Scheduler:
             self._return_to_queue(seq)
         self.capacity = None
         self.blocks = None
+        if self._prefix_listener is not None:
+            self._prefix_listener.on_cleared()
         self._pending_releases.clear()
         self._promised.clear()
         self._prefill_plans.clear()
+
+    def listen_to_prefixes(self, listener: PrefixListener | None) -> None:
+        """Has `listener` told how the prefix cache changes from now on; None: nobody."""
+        self._prefix_listener = listener
+        if self.blocks is not None:
+            self.blocks.listener = listener
 
     def fits(self, seq: Sequence) -> bool:
         """Whether the executor could hold the sequence at its full length, alone."""
@@ -198,7 +231,7 @@ class Scheduler:
         if self.capacity is None or self.blocks is None:
             return None
         plan = Plan(StepId(self._last_step_id + 1))
-        self._grant(plan, self.blocks)
+        self._grant(plan, self.blocks, now_s)
         if len(self._prefill_plans) < self.policy.max_prefill_plans_in_flight:
             self._prefill(plan, self.blocks, self.capacity, now_s)
         # Preemption above may have added to these.
@@ -211,7 +244,7 @@ class Scheduler:
             self._prefill_plans.append(_PrefillPlan(plan.step_id, num_tokens))
         return plan
 
-    def _grant(self, plan: Plan, blocks: BlockManager) -> None:
+    def _grant(self, plan: Plan, blocks: BlockManager, now_s: float) -> None:
         """Keeps every decoding sequence ahead of the executor; preempts where memory is short."""
         grants: dict[SlotId, list[BlockId]] = {}
         lookahead_tokens = self._lookahead_tokens(blocks)
@@ -232,7 +265,7 @@ class Scheduler:
                     victim = max(self._slots.values(), key=self._waiting.key)
                     if victim.slot is not None:
                         grants.pop(victim.slot, None)
-                    self._preempt(victim)
+                    self._preempt(victim, now_s)
                 if wanted <= 0 or seq.slot is None:
                     continue
             granted = blocks.allocate(wanted)
@@ -255,6 +288,7 @@ class Scheduler:
             budget -= self._plan_chunk(plan, seq, budget, blocks)
 
         deferred = []
+        self.is_full = not self._free_slots
         while budget > 0 and self._free_slots:
             candidate = self._waiting.pop()
             if candidate is None:
@@ -268,8 +302,11 @@ class Scheduler:
                 continue
             if not self._admit(plan, candidate, hashes, hits, blocks, now_s):
                 # Later, smaller ones must not overtake, or large ones would starve.
+                self.is_full = True
                 deferred.append(candidate)
                 break
+            if candidate.history is not None:
+                candidate.history.admitted(now_s, plan.step_id, capacity.executor_epoch)
             budget -= self._plan_chunk(plan, candidate, budget, blocks)
         self._waiting.push_all(deferred)
 
@@ -309,12 +346,15 @@ class Scheduler:
         seq.move_to(SequenceStatus.PREFILLING)
         self._slots[seq.slot] = seq
         self._prefilling[seq.seq_id] = seq
+        self.num_running_tokens += seq.cost_tokens
+        self.stats.admitted_tokens += seq.cost_tokens
         for block_hash in hashes[len(hits) :]:
             self._promised.setdefault(block_hash, seq.seq_id)
 
         if seq.first_admitted_s is None:
             seq.first_admitted_s = now_s
-            seq.num_cached_tokens = seq.num_planned_tokens
+            # A resumed sequence may find some of its output there as well.
+            seq.num_cached_tokens = min(seq.num_planned_tokens, seq.num_prompt_tokens)
             self.stats.prefix_queried_tokens += seq.num_tokens
             self.stats.prefix_hit_tokens += seq.num_planned_tokens
         else:
@@ -356,7 +396,17 @@ class Scheduler:
             return
         hashes = seq.block_hashes(full, blocks.block_size)
         for index in range(seq.num_registered_blocks, full):
-            blocks.register(seq.block_table[index], hashes[index])
+            is_new = blocks.register(seq.block_table[index], hashes[index])
+            if is_new and self._prefix_listener is not None:
+                start = index * blocks.block_size
+                self._prefix_listener.on_stored(
+                    StoredBlock(
+                        block_hash=hashes[index],
+                        parent=hashes[index - 1] if index else None,
+                        token_ids=seq.token_ids[start : start + blocks.block_size],
+                        cache_salt=seq.cache_salt,
+                    )
+                )
             if self._promised.get(hashes[index]) == seq.seq_id:
                 del self._promised[hashes[index]]
         seq.num_registered_blocks = full
@@ -397,12 +447,18 @@ class Scheduler:
             num_computed = len(seq.token_ids)
             if seq.status is not SequenceStatus.DECODING or num_computed >= seq.max_total_tokens:
                 raise ExecutorProtocolError(f"slot {slot} cannot have produced a token")
-            seq.token_ids.append(token_id)
+            is_longest = num_computed + 1 == seq.max_total_tokens
+            # Queued again after its session, a sequence without room would never end.
+            if is_longest and flag == FINISH_NONE:
+                raise ExecutorProtocolError(f"slot {slot} goes on beyond its longest length")
+            if not is_longest and flag == FINISH_LENGTH:
+                raise ExecutorProtocolError(f"slot {slot} ended before its longest length")
             if seq.sampling.num_logprobs >= 0:
                 logprobs = result.logprobs.get(slot)
                 if logprobs is None:
                     raise ExecutorProtocolError(f"slot {slot} came without log-probabilities")
                 seq.logprobs.append(logprobs)
+            seq.token_ids.append(token_id)
             if num_computed // block_size > seq.num_registered_blocks:
                 self._register_full_blocks(seq, num_computed, self.blocks)
             if flag != FINISH_NONE:
@@ -410,9 +466,11 @@ class Scheduler:
             progressed.append(seq)
         return progressed, num_tokens
 
-    def _preempt(self, seq: Sequence) -> None:
+    def _preempt(self, seq: Sequence, now_s: float) -> None:
         self.stats.num_preemptions += 1
         seq.num_preemptions += 1
+        if seq.history is not None:
+            seq.history.preempted(now_s)
         self._unseat(seq)
         self._return_to_queue(seq)
 
@@ -428,6 +486,7 @@ class Scheduler:
             del self._prefilling[seq.seq_id]
             self._withdraw_promises(seq)
         del self._slots[seq.slot]
+        self.num_running_tokens -= seq.cost_tokens
         self._pending_releases.append(seq.slot)
         self._free_slots.append(seq.slot)
         seq.slot = None
@@ -464,5 +523,7 @@ class Scheduler:
             raise ValueError("used and free slots are not all slots")
         if set(self._prefilling) | set(self._decoding) != {s.seq_id for s in self._slots.values()}:
             raise ValueError("sequences with a slot and running sequences differ")
+        if self.num_running_tokens != sum(seq.cost_tokens for seq in self._slots.values()):
+            raise ValueError("the cost of the running sequences is not their sum")
         if any(owner not in self._prefilling for owner in self._promised.values()):
             raise ValueError("a sequence that does not prefill still promises blocks")

@@ -5,6 +5,7 @@ from enum import Enum
 from typing import NewType
 
 from scheduler_service.block_manager import BlockHash, BlockId, extend_hash, root_hash
+from scheduler_service.history import History
 
 SequenceId = NewType("SequenceId", int)
 SlotId = NewType("SlotId", int)
@@ -84,8 +85,10 @@ class Sequence:
         "arrival_s",
         "block_table",
         "cache_salt",
+        "cost_tokens",
         "finish_reason",
         "first_admitted_s",
+        "history",
         "logprobs",
         "max_total_tokens",
         "min_total_tokens",
@@ -97,6 +100,7 @@ class Sequence:
         "num_prompt_tokens",
         "num_registered_blocks",
         "priority",
+        "queued_s",
         "sampling",
         "seq_id",
         "slot",
@@ -110,27 +114,34 @@ class Sequence:
         seq_id: SequenceId,
         prompt_token_ids: list[int],
         *,
+        output_token_ids: tuple[int, ...] = (),
         max_total_tokens: int,
         min_total_tokens: int = 0,
         sampling: SlotSampling | None = None,
         stop_token_ids: tuple[int, ...] = (),
         priority: int = 0,
         arrival_s: float = 0.0,
+        queued_s: float | None = None,
         cache_salt: str = "",
     ) -> None:
         self.seq_id = seq_id
-        self.token_ids = list(prompt_token_ids)
+        # With output of an earlier attempt, if the request was resumed.
+        self.token_ids = [*prompt_token_ids, *output_token_ids]
         self.num_prompt_tokens = len(prompt_token_ids)
         self.max_total_tokens = max_total_tokens
+        # What it counts for while it waits and runs; fixed, unlike the limit, so that sums hold.
+        self.cost_tokens = max_total_tokens
         self.min_total_tokens = min_total_tokens
         self.sampling = sampling or SlotSampling()
         self.stop_token_ids = stop_token_ids
         self.priority = priority
+        # When the server got the request, and when the sequence could first be admitted.
         self.arrival_s = arrival_s
+        self.queued_s = arrival_s if queued_s is None else queued_s
         self.cache_salt = cache_salt
         self.status = SequenceStatus.WAITING
         self.finish_reason: FinishReason | None = None
-        # One entry per generated token when they were asked for.
+        # When they were asked for, one per token generated here that no delta has taken yet.
         self.logprobs: list[TokenLogprobs] = []
 
         # Place on the executor; meaningless while waiting.
@@ -151,6 +162,8 @@ class Sequence:
         self.num_computed_before = 0
         self.num_preemptions = 0
         self.num_executor_losses = 0
+        # Where a trace of the request is wanted.
+        self.history: History | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -2,13 +2,14 @@
 
 import asyncio
 import logging
-import signal
+from importlib.util import find_spec
+from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from nanovllm.channel import check_address
+from nanovllm.logs import fields
 from nanovllm.model_store import ModelNotFoundError, model_name, resolve_model
 from nanovllm.service_settings import (
     SERVER_OPTIONS,
@@ -17,112 +18,200 @@ from nanovllm.service_settings import (
     bind,
     serve_metrics,
 )
-from nanovllm.v1 import inference_pb2, inference_pb2_grpc
+from nanovllm.stop_signals import StopSignals
+from nanovllm.v1 import admin_pb2_grpc, inference_pb2, inference_pb2_grpc
+from scheduler_service.admin import AdminServicer
+from scheduler_service.drain import drain
 from scheduler_service.engine import Engine, EngineLimits
 from scheduler_service.executor_link import ExecutorLink, LinkSettings
+from scheduler_service.executor_liveness import LivenessLimits
+from scheduler_service.intake import Intake
+from scheduler_service.loop_lag import watch_loop_lag
 from scheduler_service.metrics import SchedulerMetrics
+from scheduler_service.metrics.vllm import export_vllm_names
 from scheduler_service.model_spec import ModelSpec, ModelSpecError
 from scheduler_service.prompt_encoder import PromptEncoder
+from scheduler_service.request_log import RequestLog
+from scheduler_service.request_metrics import RequestMetrics
+from scheduler_service.request_observer import RequestObserver, Tracer
 from scheduler_service.scheduler import Scheduler
+from scheduler_service.security import Security
 from scheduler_service.servicer import InferenceServicer
+from scheduler_service.serving_state import ServingState
 from scheduler_service.settings import SchedulerSettings
 from scheduler_service.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-# For calls whose answer is made already, or will be in a moment.
-_LAST_WRITES_S = 1.0
-
 _SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
+#: Name under which the health service answers SERVING as long as this process works, with or
+#: without an executor: for supervisors, which must not restart it when the executor is gone.
+LIVENESS_SERVICE = "liveness"
 _HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
 
 async def serve(settings: SchedulerSettings) -> None:
     """Serves until SIGTERM or SIGINT, then drains. Raises StartupError."""
-    try:
-        check_address(settings.executor)
-    except ValueError as error:
-        raise StartupError(f"--executor: {error}") from error
-    model, tokenizer = _load_model(settings.model)
+    security = Security.of(settings)
+    directory, model, tokenizer = _load_model(settings.model)
     scheduler = Scheduler(settings.policy())
     metrics = SchedulerMetrics(scheduler, model.name)
+    if settings.metrics_compat == "vllm":
+        export_vllm_names(metrics, model.max_model_len)
     engine = Engine(
         scheduler,
         model,
         tokenizer,
-        metrics,
+        RequestMetrics(metrics),
         EngineLimits(
-            max_queued_requests=settings.max_queued_requests,
+            admission=settings.admission(),
             executor_wait_timeout_s=settings.executor_wait_timeout_s,
             max_executor_losses=settings.max_executor_losses,
         ),
     )
     health_servicer = health.aio.HealthServicer()
 
-    async def on_executor_change(connected: bool) -> None:
-        status = health_pb2.HealthCheckResponse
-        for service in ("", _SERVICE):
-            await health_servicer.set(service, status.SERVING if connected else status.NOT_SERVING)
-
-    await on_executor_change(False)
+    serving = ServingState(engine, health_servicer, ("", _SERVICE))
+    await serving.set_connected(False)
+    await health_servicer.set(LIVENESS_SERVICE, health_pb2.HealthCheckResponse.SERVING)
     link = ExecutorLink(
         engine,
-        LinkSettings(settings.executor, settings.executor_stall_timeout_s),
-        on_executor_change,
+        LinkSettings(
+            settings.executor,
+            LivenessLimits(
+                silence_timeout_s=settings.executor_silence_timeout_s,
+                stall_timeout_s=settings.executor_stall_timeout_s,
+            ),
+            security.executor_tls,
+        ),
+        metrics,
+        serving.set_connected,
     )
-    encoder = PromptEncoder(tokenizer)
-    server = grpc.aio.server(options=SERVER_OPTIONS)
+    encoder = PromptEncoder(tokenizer, max_pending_bytes=settings.max_tokenizing_bytes)
+    observer = RequestObserver(
+        RequestLog(log_prompts=settings.log_prompts), start_tracing(settings, model.name)
+    )
+    server = grpc.aio.server(
+        interceptors=security.interceptors,
+        options=list((dict(SERVER_OPTIONS) | settings.connection_options()).items()),
+    )
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(
         InferenceServicer(
-            engine, encoder, link, metrics, has_chat_template=tokenizer.has_chat_template
+            engine,
+            encoder,
+            link,
+            metrics,
+            has_chat_template=tokenizer.has_chat_template,
+            tenancy=security.tenancy,
+            write_timeout_s=settings.write_timeout_s,
+            observer=observer,
         ),
         server,
     )
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-    reflection.enable_server_reflection(
-        (_SERVICE, _HEALTH_SERVICE, reflection.SERVICE_NAME), server
-    )
-    address = bind(server, settings.listen)
+    service_names = [_SERVICE, _HEALTH_SERVICE, reflection.SERVICE_NAME]
+    if gateway_is_wanted(settings):
+        from scheduler_service.gateway.load import LoadReport
+        from scheduler_service.gateway.servicer import VllmEngineServicer
+
+        gateway = VllmEngineServicer(
+            engine,
+            Intake(engine, encoder, metrics, security.tenancy),
+            link,
+            serving,
+            LoadReport(scheduler, metrics),
+            directory,
+            tenancy=security.tenancy,
+            write_timeout_s=settings.write_timeout_s,
+            observer=observer,
+        )
+        service_names.append(gateway.add_to(server))
+    reflection.enable_server_reflection(service_names, server)
+    address = bind(server, settings.listen, security.tls)
+    admin_server = _admin_server(settings, security, AdminServicer(engine, serving))
     serve_metrics(metrics.registry, settings.metrics_host, settings.metrics_port)
 
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    signals = StopSignals(address, lambda: loop.call_soon_threadsafe(stop.set))
     await server.start()
+    if admin_server is not None:
+        await admin_server.start()
     engine.start()
+    tokenizer.warm_up()
     link_task = asyncio.create_task(link.run(), name="executor link")
+    lag_task = asyncio.create_task(watch_loop_lag(metrics.event_loop_lag.observe), name="loop lag")
+    signals.service_is_up()
     announce_ready(address)
     stopped = asyncio.create_task(stop.wait())
     # A link that ends by itself has a bug; do not go on as a server that can only refuse.
     await asyncio.wait([stopped, link_task], return_when=asyncio.FIRST_COMPLETED)
-    logger.info("draining for at most %g s", settings.drain_timeout_s)
+    logger.info("draining", extra=fields(limit_s=settings.drain_timeout_s))
+    if admin_server is not None:
+        # Nobody can have requests taken again from here on.
+        await admin_server.stop(None)
     await health_servicer.enter_graceful_shutdown()
-    await _drain(server, engine, settings.drain_timeout_s)
+    await drain(server, engine, settings.drain_timeout_s)
     encoder.close()
+    tokenizer.close()
+    await observer.close()
     stopped.cancel()
     if link_task.done():
         link_task.result()
     link_task.cancel()
-    await asyncio.gather(link_task, return_exceptions=True)
+    lag_task.cancel()
+    await asyncio.gather(link_task, lag_task, return_exceptions=True)
 
 
-async def _drain(server: grpc.aio.Server, engine: Engine, timeout_s: float) -> None:
-    """Refuses new calls at once, lets requests go on for `timeout_s`, then ends every call.
+def _admin_server(
+    settings: SchedulerSettings, security: Security, servicer: AdminServicer
+) -> grpc.aio.Server | None:
+    address = settings.admin_listen
+    if address is None:
+        return None
+    server = grpc.aio.server(interceptors=security.admin_interceptors, options=SERVER_OPTIONS)
+    admin_pb2_grpc.add_AdminServiceServicer_to_server(servicer, server)
+    # A unix socket is protected by its mode instead.
+    tls = None if address.startswith("unix:") else security.tls
+    bound = bind(server, address, tls, only_owner=True, option="--admin-listen")
+    print(f"admin: {bound}", flush=True)
+    return server
 
-    A call without an end, as a watcher of the health service makes, is not waited for.
-    """
-    refusing = asyncio.create_task(server.stop(timeout_s))
-    idle = asyncio.create_task(engine.wait_until_idle())
-    await asyncio.wait([refusing, idle], return_when=asyncio.FIRST_COMPLETED)
-    idle.cancel()
-    await server.stop(min(timeout_s, _LAST_WRITES_S))
-    await refusing
+
+def gateway_is_wanted(settings: SchedulerSettings) -> bool:
+    """Whether to serve gateways: if nobody said no and the stubs are there. Raises StartupError."""
+    if not settings.gateway:
+        return False
+    if find_spec("smg_grpc_proto") is not None:
+        return True
+    if "gateway" in settings.model_fields_set:
+        raise StartupError(
+            "--gateway needs smg_grpc_proto; install the extra: "
+            "pip install 'nanovllm-grpc[gateway]'"
+        )
+    return False
 
 
-def _load_model(name: str) -> tuple[ModelSpec, Tokenizer]:
+def start_tracing(settings: SchedulerSettings, model_name: str) -> Tracer | None:
+    """What makes traces of requests, if any are wanted. Raises StartupError."""
+    if settings.otlp_endpoint is None:
+        return None
+    try:
+        # OpenTelemetry is an extra.
+        from scheduler_service.trace_export import otlp_provider
+        from scheduler_service.tracing import RequestTracer
+    except ModuleNotFoundError as error:
+        raise StartupError(
+            f"--otlp-endpoint needs {error.name}; install the extra: "
+            "pip install 'nanovllm-grpc[tracing]'"
+        ) from error
+    return RequestTracer(otlp_provider(settings.otlp_endpoint), model_name)
+
+
+def _load_model(name: str) -> tuple[Path, ModelSpec, Tokenizer]:
     try:
         directory = resolve_model(name, weights=False)
-        return ModelSpec.from_directory(directory, model_name(name)), Tokenizer(directory)
+        spec = ModelSpec.from_directory(directory, model_name(name))
+        return directory, spec, Tokenizer(directory)
     except (ModelNotFoundError, ModelSpecError) as error:
         raise StartupError(f"--model {name}: {error}") from error

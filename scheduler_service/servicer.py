@@ -1,31 +1,30 @@
 """The public gRPC service: translates messages and errors, and nothing else."""
 
-import logging
 import time
-from collections.abc import Awaitable, Callable
 from contextlib import aclosing
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any, TypeAlias, TypeVar
+from typing import Any
 
-import grpc
-
+from nanovllm import __version__
 from nanovllm.v1 import inference_pb2, inference_pb2_grpc
+from scheduler_service.answering import Context, fail, reply, write
+from scheduler_service.caller import caller_of
 from scheduler_service.completion import Delta
-from scheduler_service.engine import Engine, LiveRequest
-from scheduler_service.errors import InvalidFieldError, RequestError, to_status
+from scheduler_service.engine import Engine
+from scheduler_service.errors import InvalidFieldError, RequestError
 from scheduler_service.executor_link import ExecutorLink
+from scheduler_service.intake import Intake
+from scheduler_service.live_request import LiveRequest
 from scheduler_service.metrics import SchedulerMetrics
 from scheduler_service.prompt_encoder import PromptEncoder
+from scheduler_service.request_observer import RequestObserver
 from scheduler_service.sequence import FinishReason
+from scheduler_service.tenancy import Tenancy
 from scheduler_service.validation import (
     Prompt,
     TextPrompt,
     valid_chat,
     valid_detokenize_ids,
-    validate_generate,
 )
-
-logger = logging.getLogger(__name__)
 
 _FINISH_REASONS = {
     FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
@@ -37,16 +36,6 @@ _FINISH_REASONS = {
 # Most tokens of a Tokenize or Detokenize call, in lengths of the model: enough to see by how much a
 # text is too long, and little enough that others do not wait for it.
 _MAX_MODEL_LENGTHS = 4
-
-Context: TypeAlias = grpc.aio.ServicerContext
-T = TypeVar("T")
-
-
-def _version() -> str:
-    try:
-        return version("nanovllm-grpc")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
@@ -60,12 +49,18 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         metrics: SchedulerMetrics,
         *,
         has_chat_template: bool,
+        tenancy: Tenancy | None = None,
+        write_timeout_s: float = 60.0,
+        observer: RequestObserver | None = None,
     ) -> None:
         self._engine = engine
         self._encoder = encoder
         self._link = link
-        self._metrics = metrics
         self._has_chat_template = has_chat_template
+        self._observer = observer or RequestObserver()
+        self._tenancy = tenancy or Tenancy()
+        self._intake = Intake(engine, encoder, metrics, self._tenancy)
+        self._write_timeout_s = write_timeout_s
         self._started_s = time.monotonic()
 
     async def Generate(  # noqa: N802
@@ -74,31 +69,41 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         """Streams the deltas of one request."""
         remaining_s = context.time_remaining()
         deadline_s = None if remaining_s is None else time.monotonic() + remaining_s
-        try:
+        with self._observer.observe(request, context) as call:
             try:
-                live = await self._admit(request)
+                with self._intake.counting_refusals():
+                    live = await self._intake.admit(request, call, deadline_s)
+                resume_info = self._resume_info(request, live)
+                async with aclosing(self._engine.deltas(live, deadline_s)) as deltas:
+                    async for delta in deltas:
+                        response = _response(live.request_id, delta)
+                        if resume_info is not None:
+                            response.resume_info.CopyFrom(resume_info)
+                            resume_info = None
+                        await write(context, response, self._write_timeout_s)
+                        if call.texts is not None:
+                            call.texts.add(delta)
             except RequestError as error:
-                self._metrics.count_rejection(error.label)
-                raise
-            async with aclosing(self._engine.deltas(live, deadline_s)) as deltas:
-                async for delta in deltas:
-                    await context.write(_response(live.request_id, delta))
-        except RequestError as error:
-            await _fail(context, error)
+                call.fail(error)
+                await fail(context, error)
 
-    async def _admit(self, request: inference_pb2.GenerateRequest) -> LiveRequest:
-        spec = validate_generate(request, self._engine.model)
-        with self._engine.reserve(spec) as reservation:
-            token_ids = await reservation.unless_aborted(
-                self._encoder.encode(spec.prompt, max_tokens=self._engine.max_model_len - 1)
-            )
-            return self._engine.submit(reservation, token_ids)
+    def _resume_info(
+        self, request: inference_pb2.GenerateRequest, live: LiveRequest
+    ) -> inference_pb2.ResumeInfo | None:
+        if live.resume is None:
+            return None
+        seq = live.completions[0].seq
+        has_ids = request.HasField("token_ids")
+        return inference_pb2.ResumeInfo(
+            prompt_token_ids=[] if has_ids else seq.token_ids[: seq.num_prompt_tokens],
+            model_fingerprint=self._engine.model.fingerprint,
+        )
 
     async def Tokenize(  # noqa: N802
         self, request: inference_pb2.TokenizeRequest, context: Context
     ) -> inference_pb2.TokenizeResponse:
         """Token ids of a text or a conversation."""
-        return await _reply(context, lambda: self._tokenize(request))
+        return await reply(context, lambda: self._tokenize(request))
 
     async def _tokenize(
         self, request: inference_pb2.TokenizeRequest
@@ -126,7 +131,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.DetokenizeRequest, context: Context
     ) -> inference_pb2.DetokenizeResponse:
         """Text of token ids."""
-        return await _reply(context, lambda: self._detokenize(request))
+        return await reply(context, lambda: self._detokenize(request))
 
     async def _detokenize(
         self, request: inference_pb2.DetokenizeRequest
@@ -144,12 +149,16 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.AbortRequest, context: Context
     ) -> inference_pb2.AbortResponse:
         """Ends a live request."""
-        return await _reply(context, lambda: self._abort(request))
+        owner = self._tenancy.owner_of(caller_of(context))
+        return await reply(context, lambda: self._abort(request, owner))
 
-    async def _abort(self, request: inference_pb2.AbortRequest) -> inference_pb2.AbortResponse:
+    async def _abort(
+        self, request: inference_pb2.AbortRequest, owner: str
+    ) -> inference_pb2.AbortResponse:
         if not request.request_id:
             raise InvalidFieldError("request_id", "must not be empty")
-        return inference_pb2.AbortResponse(aborted=self._engine.abort(request.request_id))
+        aborted = self._engine.abort(request.request_id, owner)
+        return inference_pb2.AbortResponse(aborted=aborted)
 
     async def GetModelInfo(  # noqa: N802
         self, request: inference_pb2.GetModelInfoRequest, context: Context
@@ -180,7 +189,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         """Describes load and executor."""
         scheduler = self._engine.scheduler
         response = inference_pb2.GetServerStatusResponse(
-            version=_version(),
+            version=__version__,
             uptime_s=time.monotonic() - self._started_s,
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
@@ -205,24 +214,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 )
             )
         return response
-
-
-async def _reply(context: Context, answer: Callable[[], Awaitable[T]]) -> T:
-    """Answers a unary call, or ends it with the status of a RequestError."""
-    try:
-        return await answer()
-    except RequestError as error:
-        await _fail(context, error)
-        raise  # not reached unless nobody waits for the answer any more
-
-
-async def _fail(context: Context, error: RequestError) -> None:
-    """Ends a call with the status of an error."""
-    try:
-        await context.abort_with_status(to_status(error))
-    except grpc.aio.InternalError:
-        # The call ended by itself at this moment: its deadline passed here and there at once.
-        logger.debug("a call was over before it could be told: %s", error)
 
 
 def _response(request_id: str, delta: Delta) -> inference_pb2.GenerateResponse:

@@ -6,12 +6,13 @@ one name, so that a token can be replaced without a gap.
 
 import hashlib
 import hmac
+import os
 import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanovllm.tls import Reloading
+from nanovllm.reloading import Reloading
 
 #: Guessing takes 2**128 attempts with `openssl rand -hex 16`, which has exactly this length.
 MIN_TOKEN_CHARS = 32
@@ -55,8 +56,9 @@ class TokensFile:
 
 def _read(path: Path) -> tuple[_Entry, ...]:
     try:
-        mode = path.stat().st_mode
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            text = file.read()
     except OSError as error:
         raise TokensFileError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

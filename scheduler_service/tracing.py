@@ -25,7 +25,6 @@ Attributes = dict[str, AttributeValue]
 
 # How long the end of the process waits for the receiver of traces.
 _FLUSH_S = 3.0
-_METHOD = "nanovllm.v1.InferenceService/Generate"
 
 
 class RequestTracer:
@@ -54,8 +53,8 @@ class RequestTracer:
             root.set_attributes(_outcome_attributes(call))
             if call.code not in (OK, CANCELLED):
                 # Not the error's message: a chat template may quote the prompt in it.
-                label = call.error.label if call.error is not None else "unexpected"
-                root.set_status(Status(StatusCode.ERROR, f"{call.code}: {label}"))
+                reason = f": {call.error.label}" if call.error is not None else ""
+                root.set_status(Status(StatusCode.ERROR, f"{call.code}{reason}"))
             parent = trace.set_span_in_context(root, Context())
             for completion in call.completions:
                 _add_events(root, completion, to_ns)
@@ -78,7 +77,7 @@ class RequestTracer:
             "gen_ai.request.model": self._model_name,
             "gen_ai.response.id": call.shown_request_id(),
             "rpc.system.name": "grpc",
-            "rpc.method": _METHOD,
+            "rpc.method": call.method,
             caller_key: call.caller.name,
         }
         if call.spec is not None:
@@ -144,8 +143,9 @@ def _sampling_attributes(spec: GenerateSpec) -> Attributes:
 
 def _outcome_attributes(call: CallRecord) -> Attributes:
     attributes: Attributes = {"rpc.response.status_code": call.code}
-    if call.error is not None:
+    if call.code not in (OK, CANCELLED):
         attributes["error.type"] = call.code
+    if call.error is not None:
         attributes["nanovllm.error.reason"] = call.error.label
     seqs = [completion.seq for completion in call.completions]
     if not seqs:

@@ -11,6 +11,7 @@ from nanovllm.v1 import inference_pb2
 from scheduler_service.errors import InvalidFieldError
 from scheduler_service.model_spec import ModelSpec
 from scheduler_service.ranges import INT32_MAX, SAMPLING_RANGES, Range
+from scheduler_service.resume import ResumeSpec, validate_resume
 from scheduler_service.sequence import SlotSampling
 from scheduler_service.tokenizer import ChatTurn
 
@@ -53,6 +54,15 @@ Prompt = TextPrompt | ChatPrompt | TokenPrompt
 
 
 @dataclass(frozen=True, slots=True)
+class RequestKey:
+    """Names a live request; every owner has a space of ids of its own."""
+
+    request_id: str
+    # The authenticated caller, or "" for everybody else.
+    owner: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class GenerateSpec:
     """A valid request whose prompt is not tokenized yet."""
 
@@ -70,6 +80,15 @@ class GenerateSpec:
     stop_token_ids: tuple[int, ...]
     skip_special_tokens: bool
     detokenize: bool
+    # Whose request id it is; see RequestKey.
+    owner: str = ""
+    # Set if a stream that broke may be continued by another call.
+    resume: ResumeSpec | None = None
+
+    @property
+    def key(self) -> RequestKey:
+        """What the engine knows the request by."""
+        return RequestKey(self.request_id, self.owner)
 
 
 def validate_generate(request: inference_pb2.GenerateRequest, model: ModelSpec) -> GenerateSpec:
@@ -118,6 +137,7 @@ def validate_generate(request: inference_pb2.GenerateRequest, model: ModelSpec) 
             params.skip_special_tokens if params.HasField("skip_special_tokens") else True
         ),
         detokenize=detokenize,
+        resume=validate_resume(request, model, n=n, max_tokens=max_tokens),
     )
 
 

@@ -20,12 +20,24 @@ class WaitingQueue:
         self._heap: list[tuple[float, SequenceId, Sequence]] = []
         # Members of the heap that still wait; finished ones are dropped when they surface.
         self._members: set[SequenceId] = set()
+        # Cost of the members by priority; priorities without any are absent.
+        self._num_tokens: dict[int, int] = {}
+        #: Prompt tokens of the members.
+        self.num_prompt_tokens = 0
 
     def __len__(self) -> int:
         return len(self._members)
 
     def __iter__(self) -> Iterator[Sequence]:
         return (seq for _, seq_id, seq in self._heap if seq_id in self._members)
+
+    def num_tokens(self, min_priority: int | None = None) -> int:
+        """Cost of the sequences of this priority and above; None: of all. Aging is left out."""
+        return sum(
+            count
+            for priority, count in self._num_tokens.items()
+            if min_priority is None or priority >= min_priority
+        )
 
     def key(self, seq: Sequence) -> tuple[float, SequenceId]:
         """Smaller is more urgent."""
@@ -35,6 +47,8 @@ class WaitingQueue:
         """Adds a waiting sequence; one that waited before returns to its old place."""
         heapq.heappush(self._heap, (*self.key(seq), seq))
         self._members.add(seq.seq_id)
+        self._num_tokens[seq.priority] = self._num_tokens.get(seq.priority, 0) + seq.cost_tokens
+        self.num_prompt_tokens += seq.num_prompt_tokens
 
     def push_all(self, seqs: Iterable[Sequence]) -> None:
         """Adds several."""
@@ -46,16 +60,26 @@ class WaitingQueue:
         while self._heap:
             _, seq_id, seq = heapq.heappop(self._heap)
             if seq_id in self._members:
-                self._members.remove(seq_id)
+                self._remove(seq)
                 return seq
         return None
 
     def discard(self, seq: Sequence) -> None:
         """Takes a sequence out, wherever it stands."""
-        self._members.discard(seq.seq_id)
+        if seq.seq_id in self._members:
+            self._remove(seq)
         if len(self._heap) > 2 * len(self._members) + 64:
             self._heap = [entry for entry in self._heap if entry[1] in self._members]
             heapq.heapify(self._heap)
+
+    def _remove(self, seq: Sequence) -> None:
+        self._members.remove(seq.seq_id)
+        self.num_prompt_tokens -= seq.num_prompt_tokens
+        left = self._num_tokens[seq.priority] - seq.cost_tokens
+        if left:
+            self._num_tokens[seq.priority] = left
+        else:
+            del self._num_tokens[seq.priority]
 
     def verify(self) -> None:
         """Raises ValueError unless exactly the waiting sequences are members; for tests."""
@@ -63,3 +87,7 @@ class WaitingQueue:
             raise ValueError("a sequence that does not wait is in the waiting queue")
         if sorted(seq.seq_id for seq in self) != sorted(self._members):
             raise ValueError("members and heap differ")
+        if self.num_tokens() != sum(seq.cost_tokens for seq in self):
+            raise ValueError("the cost of the members is not their sum")
+        if self.num_prompt_tokens != sum(seq.num_prompt_tokens for seq in self):
+            raise ValueError("the prompt tokens of the members are not their sum")

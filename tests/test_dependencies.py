@@ -1,9 +1,13 @@
 """Who may import whom. The scheduler and the client run where torch is not installed."""
 
 import ast
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -28,6 +32,10 @@ PURE = {
     "scheduler_service/sequence.py",
     "scheduler_service/detokenizer.py",
     "scheduler_service/completion.py",
+    "scheduler_service/queue_wait.py",
+    "scheduler_service/executor_liveness.py",
+    "scheduler_service/result_order.py",
+    "scheduler_service/round_trips.py",
 }
 IMPURE_MODULES = {"asyncio", "grpc", "logging", "os", "random", "socket", "threading", "time"}
 
@@ -105,3 +113,31 @@ tokenizer.decode(tokenizer.encode(text))
 @pytest.mark.parametrize("name", sorted(PURE))
 def test_the_policy_does_no_input_or_output_and_reads_no_clock(name: str):
     assert not set(imports(ROOT / name)) & IMPURE_MODULES
+
+
+def declared(*extras: str) -> set[str]:
+    """Distributions that pyproject.toml asks for, with some extras, by normalised name."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    optional = project["optional-dependencies"]
+    lines = [*project["dependencies"], *(line for extra in extras for line in optional[extra])]
+    return {distribution_name(re.split(r"[^\w.-]", line)[0]) for line in lines}
+
+
+def distribution_name(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+@cache
+def providing_distributions() -> Mapping[str, list[str]]:
+    return packages_distributions()
+
+
+@pytest.mark.parametrize("package", WITHOUT_TORCH)
+def test_everything_that_runs_without_torch_imports_is_a_declared_dependency(package: str):
+    # Optional parts, which say so when these are missing.
+    wanted = declared("bench-openai", "gateway", "tracing") | {"gguf"}
+    providers = providing_distributions()
+    for path in sources(package):
+        for name in set(imports(path)) - sys.stdlib_module_names - ALLOWED.keys():
+            found = {distribution_name(provider) for provider in providers.get(name, [])}
+            assert found & wanted, f"{path.relative_to(ROOT)} imports {name} of {found}"

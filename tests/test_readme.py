@@ -7,9 +7,6 @@ import shutil
 import subprocess
 import sys
 import tomllib
-import types
-import typing
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,10 +19,12 @@ from nanovllm.service_settings import ServiceSettings
 from scheduler_service import validation
 from scheduler_service.settings import SchedulerSettings
 from tests.checkpoints import make_checkpoint
+from tests.e2e.support import metrics_page
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ARCHITECTURE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+METRICS = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 PACKAGES = ("nanovllm", "scheduler_service", "executor_service", "nanovllm_core")
 SETTINGS: dict[str, type[ServiceSettings]] = {
@@ -180,30 +179,9 @@ class TestExamples:
             assert set(extras.split(",")) <= set(project["optional-dependencies"])
 
 
-def expected_settings(settings_class: type[ServiceSettings]) -> list[list[str]]:
-    """Rows of a settings table, from the class that defines the settings."""
-    prefix = settings_class.model_config["env_prefix"]
-    rows = []
-    for name, field in settings_class.model_fields.items():
-        flag = name.replace("_", "-")
-        meaning = field.description or ""
-        if field.annotation is bool:
-            flag = f"[no-]{flag}"
-        if typing.get_origin(field.annotation) is typing.Literal:
-            meaning += f" One of {', '.join(typing.get_args(field.annotation))}."
-        is_optional = isinstance(field.annotation, types.UnionType)
-        default = "" if is_optional and field.default is None else f"`{field.default}`"
-        rows.append([f"`--{flag}`", f"`{prefix}{name.upper()}`", default, meaning])
-    return rows
-
-
 def expected_metrics(url: str | None) -> list[list[str]]:
     """Rows of a metrics table, from a metrics page."""
-    assert url is not None
-    # Loopback is never reached through a proxy.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(url, timeout=LIMIT_S) as response:
-        families = list(text_string_to_metric_families(response.read().decode()))
+    families = text_string_to_metric_families(metrics_page(url))
     return sorted(
         [
             f"`{family.name}{'_total' if family.type == 'counter' else ''}`",
@@ -211,7 +189,6 @@ def expected_metrics(url: str | None) -> list[list[str]]:
             family.documentation,
         ]
         for family in families
-        if family.name.startswith("nanovllm_") and not family.name.endswith("_created")
     )
 
 
@@ -221,20 +198,34 @@ def as_table(rows: list[list[str]]) -> str:
 
 
 class TestTables:
-    @pytest.mark.parametrize("service", SETTINGS)
-    def test_settings_are_those_of_the_service(self, service: str) -> None:
-        expected = expected_settings(SETTINGS[service])
-        assert table(README, f"Settings of `{service}`") == expected, as_table(expected)
+    def test_settings_that_are_needed_first_are_those_of_the_services(self) -> None:
+        services = {"both": set(SETTINGS.values())}
+        services |= {name.removesuffix("_service"): {each} for name, each in SETTINGS.items()}
+        service = ""
+        for row in table(README, "Settings"):
+            service = row[0] or service
+            for option in re.findall(r"--([\w-]+)", row[1]):
+                for settings_class in services[service]:
+                    assert option.replace("-", "_") in settings_class.model_fields, option
 
     @pytest.mark.parametrize("name", ["executor", "scheduler"])
     def test_metrics_are_those_of_the_service(self, name: str, services: LocalServices) -> None:
         expected = expected_metrics(getattr(services, name).metrics_url)
-        assert table(README, f"Metrics of `{name}_service`") == expected, as_table(expected)
+        rows = table(METRICS, f"Metrics of `{name}_service`") + table(METRICS, "Metrics of both")
+        assert sorted([row[0], row[1], row[-1]] for row in rows) == expected, as_table(expected)
 
     def test_development_commands_are_those_of_the_makefile(self) -> None:
         targets = re.findall(r"^([a-z-]+):.*## (.*)$", MAKEFILE, re.MULTILINE)
         expected = sorted([f"`make {target}`", meaning] for target, meaning in targets)
         assert table(README, "Development") == expected, as_table(expected)
+
+    @pytest.mark.parametrize("service", SETTINGS)
+    def test_every_file_of_a_service_is_listed(self, service: str) -> None:
+        folder = ROOT / service
+        present = {path.relative_to(folder).as_posix() for path in folder.rglob("*.py")}
+        present = {name for name in present if not Path(name).name.startswith("__")}
+        listed = [row[1].strip("`") for row in table(ARCHITECTURE, f"Files of `{service}`")]
+        assert sorted(listed) == sorted(present)
 
     def test_limits_are_those_of_the_validation(self) -> None:
         constants = {n: v for n, v in vars(validation).items() if n.startswith("MAX_")}
@@ -261,7 +252,7 @@ def slug(title: str) -> str:
 
 def product_files() -> list[Path]:
     """Source files that documents may name."""
-    folders = (*PACKAGES, "protos", "benchmarks", "tests")
+    folders = (*PACKAGES, "protos", "benchmarks", "deploy", "examples", "tests")
     return [
         path
         for folder in folders
@@ -270,7 +261,21 @@ def product_files() -> list[Path]:
     ]
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/architecture.md"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "README.md",
+        "docs/architecture.md",
+        "docs/benchmarking.md",
+        "docs/clients.md",
+        "docs/metrics.md",
+        "docs/operations.md",
+        "docs/performance.md",
+        "docs/reliability.md",
+        "docs/security.md",
+        "docs/settings.md",
+    ],
+)
 class TestReferences:
     def test_links_lead_to_files_and_headings(self, name: str) -> None:
         document = (ROOT / name).read_text(encoding="utf-8")

@@ -9,7 +9,6 @@ import threading
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -93,12 +92,7 @@ class LocalPrometheus:
             raise LocalPrometheusError("Prometheus did not start:\n" + "\n".join(self._tail))
         return PrometheusApi(f"http://{address}")
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stop()
 
     def move_target(self, job: str, metrics_url: str) -> None:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from nanovllm import __version__
-from nanovllm.cli import bench, chat, demo, generate, info, models
+from nanovllm.cli import admin, bench, chat, demo, generate, health, info, models
 from nanovllm.cli.options import CommandError
 from nanovllm.errors import NanovllmError
 from nanovllm.model_store import ModelNotFoundError
@@ -51,6 +51,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="nanovllm", description="LLM inference over gRPC.")
     parser.add_argument("--version", action="version", version=f"nanovllm {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module in (generate, chat, bench, info, models, demo):
+    for module in (generate, chat, bench, info, health, models, demo, admin):
         module.add_command(commands)
     return parser

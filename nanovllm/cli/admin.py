@@ -104,8 +104,10 @@ def _line(request: LiveRequest) -> str:
         f"{sequence.state} {sequence.prompt_tokens}+{sequence.output_tokens} tokens"
         for sequence in request.sequences
     )
-    # An id may hold control characters, which a terminal would obey.
-    request_id = (
-        request.request_id if request.request_id.isprintable() else repr(request.request_id)
-    )
-    return f"{request_id}  {request.caller}  {request.age_s:.1f} s  {sequences or 'tokenizing'}"
+    request_id, caller = _visible(request.request_id), _visible(request.caller)
+    return f"{request_id}  {caller}  {request.age_s:.1f} s  {sequences or 'tokenizing'}"
+
+
+def _visible(text: str) -> str:
+    """An id, or a name in a certificate, without control characters that a terminal would obey."""
+    return text if text.isprintable() else repr(text)

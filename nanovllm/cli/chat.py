@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from nanovllm.cli.connection import add_connection, connect
 from nanovllm.cli.options import (
     CommandError,
-    add_address,
     add_sampling,
     add_timeout,
     sampling_params,
@@ -33,7 +33,7 @@ def add_command(commands: "Commands") -> None:
         help="talk to the model",
         description=f"Talks to the model. {HELP}. Each line of piped input is one message.",
     )
-    add_address(parser)
+    add_connection(parser)
     add_timeout(parser)
     parser.add_argument("--system", metavar="TEXT", help="system message")
     add_sampling(parser)
@@ -43,7 +43,7 @@ def add_command(commands: "Commands") -> None:
 def _run(options: argparse.Namespace) -> int:
     params = sampling_params(options)
     interactive = sys.stdin.isatty()
-    with Client(options.address, timeout_s=options.timeout_s) as client:
+    with connect(options, timeout_s=options.timeout_s) as client:
         info = client.model_info()
         if not info.has_chat_template:
             raise CommandError(

@@ -16,6 +16,9 @@ from nanovllm.tls import TlsConfig
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 ADDRESS_VARIABLE = "NANOVLLM_ADDRESS"
 TOKEN_VARIABLE = "NANOVLLM_TOKEN"
+# The words that the services' settings take too.
+_ON = frozenset({"1", "true", "t", "yes", "y", "on"})
+_OFF = frozenset({"", "0", "false", "f", "no", "n", "off"})
 
 
 class ClientArguments(TypedDict):
@@ -47,8 +50,7 @@ def add_connection(
     group.add_argument(
         "--tls",
         action="store_true",
-        default=bool(os.environ.get("NANOVLLM_TLS")),
-        help="use TLS; implied by the options below (default: $NANOVLLM_TLS)",
+        help="use TLS; implied by the options below (default: $NANOVLLM_TLS, true or false)",
     )
     _add_file(group, "--tls-ca", "PEM authorities of the server; default: public ones")
     _add_file(group, "--tls-cert", "PEM certificate of this client")
@@ -62,8 +64,7 @@ def add_connection(
     group.add_argument(
         "--insecure",
         action="store_true",
-        default=bool(os.environ.get("NANOVLLM_INSECURE")),
-        help="let the token cross a network in plaintext (default: $NANOVLLM_INSECURE)",
+        help="let the token cross a network in plaintext (default: $NANOVLLM_INSECURE, likewise)",
     )
 
 
@@ -83,23 +84,36 @@ def client_arguments(options: argparse.Namespace) -> ClientArguments:
     """Returns what the options say. Raises ValueError."""
     named = (options.tls_ca, options.tls_cert, options.tls_key, options.tls_server_name)
     tls = None
-    if options.tls or any(named):
+    if options.tls or any(named) or _is_on("NANOVLLM_TLS"):
         tls = TlsConfig(
             ca=options.tls_ca,
             cert=options.tls_cert,
             key=options.tls_key,
             server_name=options.tls_server_name,
         )
-    return ClientArguments(token=_token(options.token_file), tls=tls, insecure=options.insecure)
+    insecure = options.insecure or _is_on("NANOVLLM_INSECURE")
+    return ClientArguments(token=_token(options.token_file), tls=tls, insecure=insecure)
 
 
 def _token(path: Path | None) -> str | None:
     if path is None:
         return os.environ.get(TOKEN_VARIABLE) or None
     try:
-        return path.read_text(encoding="utf-8").strip()
+        token = path.read_text(encoding="utf-8").strip()
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} holds no token: it is no UTF-8 text") from error
+    if not token:
+        raise ValueError(f"{path} is empty; write the token into it")
+    return token
+
+
+def _is_on(variable: str) -> bool:
+    text = os.environ.get(variable, "").strip().lower()
+    if text not in _ON | _OFF:
+        raise ValueError(f"${variable} is {text!r}; set it to true or false")
+    return text in _ON
 
 
 def _add_file(group: "argparse._ArgumentGroup", option: str, meaning: str) -> None:

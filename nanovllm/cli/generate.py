@@ -6,15 +6,14 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from nanovllm.cli.connection import add_connection, connect
 from nanovllm.cli.options import (
     CommandError,
-    add_address,
     add_sampling,
     add_timeout,
     positive_int,
     sampling_params,
 )
-from nanovllm.client import Client
 from nanovllm.outputs import FinishReason
 from nanovllm.requests import Prompt
 
@@ -30,7 +29,7 @@ def add_command(commands: "Commands") -> None:
         description="Completes a prompt and streams the text to standard output.",
     )
     parser.add_argument("prompt", nargs="?", help="default: standard input")
-    add_address(parser)
+    add_connection(parser)
     add_timeout(parser)
     parser.add_argument(
         "--chat", action="store_true", help="treat the prompt as a user's message to the model"
@@ -61,7 +60,7 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         prompt = [*system, {"role": "user", "content": text}]
 
     finish_reason: FinishReason | None = None
-    with Client(options.address, timeout_s=options.timeout_s) as client:
+    with connect(options, timeout_s=options.timeout_s) as client:
         if options.json:
             output = client.generate(prompt, params, priority=options.priority)
             finish_reason = output.finish_reason

@@ -5,8 +5,7 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from nanovllm.cli.options import add_address
-from nanovllm.client import Client
+from nanovllm.cli.connection import add_connection, connect
 from nanovllm.server_info import Health, ModelInfo, ServerStatus
 
 if TYPE_CHECKING:
@@ -20,13 +19,13 @@ def add_command(commands: "Commands") -> None:
         help="describe a running server",
         description="Shows the model, the load and the health of a running server.",
     )
-    add_address(parser)
+    add_connection(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> int:
-    with Client(options.address) as client:
+    with connect(options) as client:
         model, status, health = client.model_info(), client.server_status(), client.health()
     if options.json:
         document = {

@@ -1,32 +1,16 @@
 """Command line options that several commands share."""
 
 import argparse
-import os
 from typing import TYPE_CHECKING, TypeAlias
 
-from nanovllm.channel import check_address
 from nanovllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
-DEFAULT_ADDRESS = "127.0.0.1:50051"
-ADDRESS_VARIABLE = "NANOVLLM_ADDRESS"
-
 
 class CommandError(Exception):
     """A command cannot do what it was asked to; the message is for the user."""
-
-
-def add_address(parser: argparse.ArgumentParser) -> None:
-    """Adds --address."""
-    parser.add_argument(
-        "--address",
-        type=_address,
-        default=os.environ.get(ADDRESS_VARIABLE, DEFAULT_ADDRESS),
-        metavar="HOST:PORT",
-        help=f"the scheduler, also unix:/path (default: ${ADDRESS_VARIABLE} or {DEFAULT_ADDRESS})",
-    )
 
 
 def add_timeout(parser: argparse.ArgumentParser) -> None:
@@ -100,10 +84,3 @@ def positive_float(text: str) -> float:
     if not value > 0:
         raise argparse.ArgumentTypeError(f"must be above 0, got {value:g}")
     return value
-
-
-def _address(text: str) -> str:
-    try:
-        return check_address(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None

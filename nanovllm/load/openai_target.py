@@ -5,7 +5,6 @@ https://platform.openai.com/docs/api-reference/chat-streaming and .../completion
 
 import json
 from collections.abc import AsyncIterator, Mapping
-from types import TracebackType
 from typing import Any
 
 import aiohttp
@@ -65,12 +64,7 @@ class OpenAITarget:
     async def __aenter__(self) -> "OpenAITarget":
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self._session.close()
 
     async def answer(self, request: LoadRequest) -> AsyncIterator[Piece]:

@@ -21,6 +21,8 @@ class FakeService(pb_grpc.InferenceServiceServicer):
 
     #: What was asked, newest last.
     requests: list[pb.GenerateRequest] = field(default_factory=list)
+    #: Metadata of the Generate calls, newest last.
+    metadata: list[dict[str, str]] = field(default_factory=list)
     #: Errors for the next Generate calls, oldest first.
     errors: list[status_pb2.Status] = field(default_factory=list)
     #: While clear, streams stop after their first delta.
@@ -41,6 +43,7 @@ class FakeService(pb_grpc.InferenceServiceServicer):
 
     def Generate(self, request, context) -> Iterator[pb.GenerateResponse]:  # noqa: N802
         self.requests.append(request)
+        self.metadata.append(dict(context.invocation_metadata()))
         if self.errors:
             context.abort_with_status(rpc_status.to_status(self.errors.pop(0)))
         context.add_callback(lambda: None if self.finished(context) else self.cancelled.set())

@@ -133,6 +133,17 @@ def test_a_background_line_says_what_was_true_when_it_was_logged(in_background):
     assert target.records[0].getMessage() == "tokens [1]"
 
 
+def test_a_log_call_with_wrong_arguments_fails_nobody(
+    in_background, capsys: pytest.CaptureFixture[str]
+):
+    handler, target = in_background()
+    handler.handle(record_of("%d lines", "no number"))
+    handler.handle(record_of("%d lines", 2))
+    handler.close()
+    assert [record.getMessage() for record in target.records] == ["2 lines"]
+    assert "no number" in capsys.readouterr().err
+
+
 def test_a_reader_that_stopped_costs_lines_but_never_blocks_and_is_told_how_many(in_background):
     handler, target = in_background(max_waiting=5)
     target.go_on.clear()

@@ -60,6 +60,7 @@ def services(
             *("--max-num-seqs", str(MAX_NUM_SEQS), "--max-num-batched-tokens", "64"),
             *("--num-kv-blocks", "2048", "--block-size", "16"),
         ],
+        scheduler=["--metrics-compat", "vllm"],
         metrics=True,
     ) as running:
         yield running

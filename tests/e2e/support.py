@@ -30,13 +30,15 @@ MAX_NUM_SEQS = 8
 CPU = ("--device", "cpu", "--dtype", "float32")
 
 
-def wait_until(condition: Callable[[], bool], what: str, limit_s: float = LIMIT_S) -> None:
+def wait_until(
+    condition: Callable[[], bool], what: str, limit_s: float = LIMIT_S, poll_s: float = 0.005
+) -> None:
     """Polls an observable state; fails the test if it does not come within `limit_s`."""
     deadline_s = time.monotonic() + limit_s
     while not condition():
         if time.monotonic() > deadline_s:
             pytest.fail(f"not within {limit_s:g} s: {what}")
-        time.sleep(0.005)
+        time.sleep(poll_s)
 
 
 def wait_until_serving(client: Client) -> None:
@@ -75,6 +77,7 @@ def running_services(
     services = LocalServices(
         str(model),
         executor_args=[*CPU, *executor],
+        # These tests fill the queue on purpose; that it is bounded by time has tests of its own.
         scheduler_args=scheduler,
         metrics=metrics,
         log_dir=log_dir,
@@ -158,18 +161,25 @@ class CallError:
         return cls(error.code(), error.details() or "", tuple(fields), retry_after_s)
 
 
+def metrics_page(url: str | None) -> str:
+    """The text of a metrics page."""
+    if url is None:
+        raise ValueError("the service was started without metrics")
+    # Loopback is never reached through a proxy.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(url, timeout=LIMIT_S) as response:
+        text: str = response.read().decode()
+    return text
+
+
 class Metrics:
     """One reading of a metrics page."""
 
     def __init__(self, url: str | None) -> None:
-        if url is None:
-            raise ValueError("the service was started without metrics")
-        # Loopback is never reached through a proxy.
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(url, timeout=LIMIT_S) as response:
-            text = response.read().decode()
         self._samples = [
-            sample for family in text_string_to_metric_families(text) for sample in family.samples
+            sample
+            for family in text_string_to_metric_families(metrics_page(url))
+            for sample in family.samples
         ]
 
     def __contains__(self, name: str) -> bool:

@@ -114,9 +114,9 @@ BAD_FIELDS: dict[str, tuple[ChangeRequest, str]] = {
     "template-kwargs-deep": (template_kwargs("[" * 100_000), TEMPLATE_KWARGS),
     "template-kwargs-too-deep-to-render": (
         template_kwargs('{"note": ' + "[" * 900 + "]" * 900 + "}"),
-        "chat",
+        TEMPLATE_KWARGS,
     ),
-    "template-kwargs-clash": (template_kwargs('{"messages": []}'), "chat"),
+    "template-kwargs-clash": (template_kwargs('{"messages": []}'), TEMPLATE_KWARGS),
     "template-kwargs-of-wrong-type": (template_kwargs('{"tools": [1]}'), "chat"),
     "min-tokens-above-max-tokens": (params(min_tokens=3), "sampling_params.min_tokens"),
     "stop-strings-too-many": (params(stop=["x"] * 10_000), "sampling_params.stop"),

@@ -3,7 +3,6 @@
 import queue
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import grpc
@@ -64,12 +63,7 @@ class RawSession:
     def __enter__(self) -> "RawSession":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.call.cancel()
         self.close()
 

@@ -10,6 +10,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
+from prometheus_client.parser import text_string_to_metric_families
 
 from nanovllm import Client, LocalServices, SamplingParams
 from nanovllm.model_store import fingerprint
@@ -19,6 +20,7 @@ from tests.e2e.support import (
     VOCAB_SIZE,
     Metrics,
     greedy,
+    metrics_page,
     random_prompt,
     wait_until,
 )
@@ -130,23 +132,36 @@ SCHEDULER_METRICS = (
     "generation_tokens_total",
     "executor_restarts_total",
     "recomputed_tokens_total",
+    "num_queued_tokens",
+    "executor_connected",
+    "executor_sessions_ended_total",
+    "executor_round_trip_seconds_count",
+    "plans_total",
+    "scheduler_kv_blocks",
+    "cache_config_info",
+    "event_loop_lag_seconds_count",
+    "build_info",
 )
 EXECUTOR_METRICS = (
     "gpu_busy_seconds_total",
     "gpu_idle_seconds_total",
     "plan_queue_delay_seconds_count",
+    "results_queue_delay_seconds_count",
+    "step_duration_seconds_count",
+    "step_tokens_total",
     "kv_blocks",
+    "slots_active",
+    "build_info",
 )
 
 
 def settled_metrics(url: str | None) -> Metrics:
-    """The executor's page when nothing runs; an iteration is counted after its result is sent."""
+    """The executor's page when no slot is occupied, so that nothing runs any more."""
     readings = [Metrics(url)]
 
     def is_settled() -> bool:
         readings.append(Metrics(url))
-        before, after = (page["step_duration_seconds_count"] for page in readings[-2:])
-        return before == after
+        return readings[-1]["slots_active"] == 0
 
     wait_until(is_settled, "the executor is idle")
     return readings[-1]
@@ -160,6 +175,10 @@ class TestMetrics:
         assert [name for name in EXECUTOR_METRICS if name not in executor] == []
         assert executor["kv_blocks"] == 2048
         assert executor.value("kv_blocks", model_name="tiny-qwen3") == 2048
+        assert 0 < executor["model_load_seconds"] < executor["startup_seconds"]
+        assert scheduler["executor_connected"] == 1
+        assert scheduler["scheduler_kv_blocks"] == 2048
+        assert scheduler.value("cache_config_info", num_kv_blocks="2048", block_size="16") == 1
 
     def test_scheduler_counts_a_request_exactly(
         self, client: Client, services: LocalServices
@@ -190,7 +209,35 @@ class TestMetrics:
         phases = sum(
             growth(f"request_{phase}_time_seconds_sum") for phase in ("queue", "prefill", "decode")
         )
-        assert phases == pytest.approx(growth("e2e_request_latency_seconds_sum"), abs=0.01)
+        # Before the phases the request is looked at and its prompt encoded.
+        assert 0 < phases <= growth("e2e_request_latency_seconds_sum")
+        assert growth("plans_total") > 0
+        assert growth("executor_round_trip_seconds_count") > 0
+
+    def test_names_of_vllm_show_the_same_requests(
+        self, client: Client, services: LocalServices
+    ) -> None:
+        def read() -> dict[str, float]:
+            page = metrics_page(services.scheduler.metrics_url)
+            return {
+                sample.name: sample.value
+                for family in text_string_to_metric_families(page)
+                for sample in family.samples
+                if sample.labels.get("finished_reason", "length") == "length"
+                and "le" not in sample.labels
+            }
+
+        before = read()
+        client.generate(random_prompt(50, seed=152), greedy(20))
+        after = read()
+        growth = {name: value - before.get(name, 0) for name, value in after.items()}
+        assert growth["vllm:request_success_total"] == 1
+        assert growth["vllm:prompt_tokens_total"] == 50
+        assert growth["vllm:generation_tokens_total"] == 20
+        assert growth["vllm:inter_token_latency_seconds_count"] == 19
+        assert growth["vllm:request_params_max_tokens_sum"] == 20
+        for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds"):
+            assert growth[f"vllm:{name}_sum"] == growth[f"nanovllm_{name}_sum"] > 0
 
     def test_aborted_and_refused_requests_are_counted_by_reason(
         self, client: Client, services: LocalServices
@@ -227,6 +274,9 @@ class TestMetrics:
         # 150 prompt tokens in chunks of at most 64.
         assert growth("step_duration_seconds_count", kind="prefill") == 3
         assert growth("step_duration_seconds_count", kind="decode") == 299
+        assert growth("step_tokens_total", kind="prefill") == 150
+        assert growth("step_tokens_total", kind="decode") == 299
+        assert growth("results_queue_delay_seconds_count") == 302
         assert growth("plan_queue_delay_seconds_count") > 3
         busy_s = growth("gpu_busy_seconds_total")
         assert busy_s == pytest.approx(growth("step_duration_seconds_sum"), rel=0.01)

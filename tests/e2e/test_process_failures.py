@@ -1,11 +1,12 @@
 """Processes that are killed, stopped, drained or replaced while requests run."""
 
+import asyncio
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,21 +15,25 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from nanovllm import (
+    AsyncClient,
     Client,
-    Completion,
     FinishReason,
     Health,
     LocalServices,
     RequestOutput,
+    RequestTooLargeError,
     SamplingParams,
     ServerError,
     ServiceProcess,
     UnavailableError,
 )
 from nanovllm.outputs import OutputFolder
-from nanovllm.requests import generate_request
+from nanovllm.requests import Prompt, generate_request
+from tests.e2e.background import BackgroundRequest
 from tests.e2e.support import (
+    CPU,
     LIMIT_S,
+    CallError,
     Metrics,
     Reference,
     greedy,
@@ -39,7 +44,7 @@ from tests.e2e.support import (
     wait_until_serving,
 )
 
-STALL_TIMEOUT_S = 1.0
+SILENCE_TIMEOUT_S = 1.0
 MAX_NUM_SEQS = 4
 NUM_TOKENS = 400
 
@@ -58,7 +63,7 @@ def breakable(checkpoint: Callable[[str], Path], logs: Path) -> Iterator[LocalSe
             *("--num-kv-blocks", "256", "--max-num-seqs", str(MAX_NUM_SEQS)),
             *("--max-num-batched-tokens", "64"),
         ],
-        scheduler=["--executor-stall-timeout-s", str(STALL_TIMEOUT_S)],
+        scheduler=["--executor-silence-timeout-s", str(SILENCE_TIMEOUT_S)],
         metrics=True,
     ) as running:
         yield running
@@ -67,9 +72,11 @@ def breakable(checkpoint: Callable[[str], Path], logs: Path) -> Iterator[LocalSe
 @pytest.fixture
 def services(breakable: LocalServices) -> LocalServices:
     """Services that a test may break; what the test before it broke is started again."""
-    for service in (breakable.executor, breakable.scheduler):
-        if not service.running:
-            service.restart(2 * LIMIT_S)
+    broken = [s for s in (breakable.executor, breakable.scheduler) if not s.running]
+    for service in broken:
+        service.start()
+    for service in broken:
+        service.wait_until_ready(2 * LIMIT_S)
     with Client(breakable.address) as client:
         wait_until_serving(client)
         wait_until_idle(client)
@@ -86,53 +93,6 @@ def client(services: LocalServices) -> Iterator[Client]:
 def threads() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(8) as pool:
         yield pool
-
-
-class BackgroundRequest:
-    """A request that another thread reads, with a view of how far it is."""
-
-    def __init__(
-        self,
-        client: Client,
-        threads: ThreadPoolExecutor,
-        prompt: list[int],
-        params: SamplingParams,
-    ) -> None:
-        self._request = generate_request(prompt, params)
-        self._client = client
-        self._progress = threading.Condition()
-        self._num_tokens = 0
-        self._ended = False
-        self._future: Future[RequestOutput] = threads.submit(self._read)
-
-    def _read(self) -> RequestOutput:
-        folder = OutputFolder(self._request)
-        try:
-            with self._client.start(self._request, timeout_s=4 * LIMIT_S) as stream:
-                for delta in stream:
-                    folder.add(delta)
-                    with self._progress:
-                        self._num_tokens += len(delta.token_ids)
-                        self._progress.notify_all()
-        finally:
-            with self._progress:
-                self._ended = True
-                self._progress.notify_all()
-        return folder.output()
-
-    def wait_for_tokens(self, count: int) -> None:
-        with self._progress:
-            assert self._progress.wait_for(
-                lambda: self._ended or self._num_tokens >= count, LIMIT_S
-            )
-            assert not self._ended, "the request ended before the test interfered"
-
-    def completion(self) -> Completion:
-        (completion,) = self._future.result(4 * LIMIT_S).completions
-        return completion
-
-    def error(self) -> BaseException | None:
-        return self._future.exception(4 * LIMIT_S)
 
 
 def num_restarts(services: LocalServices) -> float:
@@ -232,13 +192,151 @@ class TestExecutorLoss:
         request = BackgroundRequest(client, threads, random_prompt(9), greedy(NUM_TOKENS))
         request.wait_for_tokens(5)
         os.kill(services.executor.pid, signal.SIGSTOP)
-        threading.Event().wait(STALL_TIMEOUT_S / 4)
+        threading.Event().wait(SILENCE_TIMEOUT_S / 4)
         os.kill(services.executor.pid, signal.SIGCONT)
         assert len(request.completion().token_ids) == NUM_TOKENS
         assert num_restarts(services) == before
 
+    def test_vanished_idle_executor_is_noticed_too(
+        self, services: LocalServices, client: Client
+    ) -> None:
+        os.kill(services.executor.pid, signal.SIGSTOP)
+        try:
+            wait_until(lambda: client.health() is Health.NOT_SERVING, "the silence is noticed")
+        finally:
+            os.kill(services.executor.pid, signal.SIGCONT)
+        wait_until_serving(client)
+
+    def test_smaller_executor_serves_what_still_fits_and_refuses_the_rest(
+        self,
+        services: LocalServices,
+        client: Client,
+        threads: ThreadPoolExecutor,
+        checkpoint: Callable[[str], Path],
+        reference: Callable[[str], Reference],
+        tmp_path: Path,
+    ) -> None:
+        prompts = [random_prompt(20, seed=112 + index) for index in range(2)]
+        fits, too_large = (
+            BackgroundRequest(client, threads, prompt, greedy(count))
+            for prompt, count in zip(prompts, (200, 3000), strict=True)
+        )
+        for request in (fits, too_large):
+            request.wait_for_tokens(5)
+        services.executor.kill()
+        services.executor.wait(LIMIT_S)
+        smaller = ServiceProcess(
+            "executor_service",
+            [
+                *("--model", str(checkpoint("qwen3")), "--metrics-port", "-1", *CPU),
+                *("--listen", services.executor_address, "--block-size", "16"),
+                *("--num-kv-blocks", "20"),
+            ],
+            log_path=tmp_path / "log",
+        )
+        with smaller:
+            smaller.wait_until_ready(2 * LIMIT_S)
+            assert fits.completion().token_ids == reference("qwen3").greedy(prompts[0], 200)
+            error = too_large.error()
+            assert isinstance(error, RequestTooLargeError)
+            assert "KV cache" in str(error)
+
+
+MIXED: list[tuple[Prompt, SamplingParams]] = [
+    (random_prompt(30, seed=150), greedy(NUM_TOKENS, stop=["\x00never\x00"], logprobs=1)),
+    (random_prompt(11, seed=151), replace(greedy(NUM_TOKENS, seed=3), temperature=3.0)),
+    # Without a seed the first attempt's has to be kept.
+    ("A text \u20ac", replace(greedy(NUM_TOKENS, n=2, frequency_penalty=0.5), temperature=2.0)),
+    ([{"role": "user", "content": "hello"}], greedy(NUM_TOKENS, min_tokens=NUM_TOKENS)),
+]
+
+
+def check_like_undisturbed(client: Client, outputs: list[RequestOutput]) -> None:
+    for (prompt, params), output in zip(MIXED, outputs, strict=True):
+        for completion in output.completions:
+            assert completion.finish_reason is FinishReason.LENGTH
+            assert len(completion.token_ids) == completion.usage.completion_tokens == NUM_TOKENS
+        if params.temperature and params.seed is None:
+            ids = [completion.token_ids for completion in output.completions]
+            assert ids[0] != ids[1]
+            for completion in output.completions:
+                assert completion.text == client.detokenize(completion.token_ids)
+            continue
+        undisturbed = client.generate(prompt, params)
+        for completion, expected in zip(output.completions, undisturbed.completions, strict=True):
+            assert completion.token_ids == expected.token_ids
+            assert completion.text == expected.text
+            assert completion.usage.prompt_tokens == expected.usage.prompt_tokens
+            if params.logprobs is not None:
+                assert [entry.logprob for entry in completion.logprobs or ()] == pytest.approx(
+                    [entry.logprob for entry in expected.logprobs or ()], abs=1e-3
+                )
+
 
 class TestSchedulerLoss:
+    def test_resuming_requests_survive_a_killed_scheduler_without_gap_or_repeat(
+        self, services: LocalServices, threads: ThreadPoolExecutor
+    ) -> None:
+        with Client(services.address, resume=True) as client:
+            requests = [
+                BackgroundRequest(client, threads, prompt, params) for prompt, params in MIXED
+            ]
+            # More than the slots hold: the last one may be still in the queue.
+            for request in requests[:2]:
+                request.wait_for_tokens(20)
+            services.scheduler.kill()
+            services.scheduler.wait(LIMIT_S)
+            services.scheduler.restart(LIMIT_S)
+            check_like_undisturbed(client, [request.output() for request in requests])
+            wait_until_idle(client)
+
+    def test_resuming_requests_go_to_another_scheduler_with_asyncio_too(
+        self, services: LocalServices, checkpoint: Callable[[str], Path], tmp_path: Path
+    ) -> None:
+        other = ServiceProcess(
+            "scheduler_service",
+            [
+                *("--model", str(checkpoint("qwen3")), "--metrics-port", "-1"),
+                *("--executor", services.executor_address, "--listen", f"unix:{tmp_path}/2.sock"),
+            ],
+            log_path=tmp_path / "other.log",
+        )
+
+        async def interfere(progress: asyncio.Event) -> None:
+            await progress.wait()
+            services.scheduler.kill()
+            await asyncio.to_thread(services.scheduler.wait, LIMIT_S)
+            await asyncio.to_thread(other.start)
+
+        async def read(client: AsyncClient, index: int, progress: asyncio.Event) -> RequestOutput:
+            request = generate_request(*MIXED[index])
+            folder = OutputFolder(request)
+            num_tokens = 0
+            async with client.start(request, timeout_s=4 * LIMIT_S) as stream:
+                async for delta in stream:
+                    folder.add(delta)
+                    num_tokens += len(delta.token_ids)
+                    if num_tokens > 20:
+                        progress.set()
+            return folder.output()
+
+        async def main() -> list[RequestOutput]:
+            progress = asyncio.Event()
+            addresses = [f"unix:{tmp_path}/2.sock"]
+            async with AsyncClient(services.address, addresses=addresses, resume=True) as client:
+                *outputs, _ = await asyncio.gather(
+                    *(read(client, index, progress) for index in range(len(MIXED))),
+                    interfere(progress),
+                )
+            return outputs
+
+        try:
+            outputs = asyncio.run(main())
+            with Client(other.address) as client:
+                check_like_undisturbed(client, outputs)
+        finally:
+            other.stop()
+
     def test_killed_scheduler_frees_the_executor_for_the_next_one(
         self,
         services: LocalServices,
@@ -333,23 +431,33 @@ class TestShutdown:
         request.wait_for_tokens(5)
         services.scheduler.terminate()
 
+        refusals: list[UnavailableError] = []
+
         def is_refused() -> bool:
             try:
                 client.generate("abc", greedy(1))
-            except UnavailableError:
-                return True
-            return False
+            except UnavailableError as error:
+                refusals.append(error)
+            return bool(refusals)
 
         wait_until(is_refused, "a new request is refused")
+        cause = refusals[0].__cause__
+        assert isinstance(cause, grpc.RpcError)
+        assert CallError.of(cause).retry_after_s == 1.0
         assert len(request.completion().token_ids) == NUM_TOKENS
         assert services.scheduler.wait(LIMIT_S) == 0
 
-    def test_idle_services_exit_zero_at_once(self, services: LocalServices) -> None:
+    def test_idle_services_exit_zero_at_once_and_leave_no_sockets(
+        self, services: LocalServices
+    ) -> None:
         for service in (services.scheduler, services.executor):
+            socket = Path(service.address.removeprefix("unix:"))
+            assert socket.exists()
             start_s = time.monotonic()
             service.terminate()
             assert service.wait(LIMIT_S) == 0
             assert time.monotonic() - start_s < 5.0
+            assert not socket.exists()
 
     def test_watcher_of_the_health_service_does_not_delay_the_end(
         self, services: LocalServices
@@ -361,6 +469,18 @@ class TestShutdown:
             services.scheduler.terminate()
             assert services.scheduler.wait(LIMIT_S) == 0
             assert time.monotonic() - start_s < 5.0
+
+    def test_second_signal_ends_the_scheduler_at_once_and_leaves_no_socket(
+        self, services: LocalServices, client: Client, threads: ThreadPoolExecutor
+    ) -> None:
+        request = BackgroundRequest(client, threads, random_prompt(10), greedy(4000))
+        request.wait_for_tokens(5)
+        services.scheduler.terminate()
+        wait_until(lambda: client.health() is Health.NOT_SERVING, "the scheduler drains")
+        os.kill(services.scheduler.pid, signal.SIGINT)
+        assert services.scheduler.wait(LIMIT_S) == 128 + signal.SIGINT
+        assert isinstance(request.error(), UnavailableError)
+        assert not Path(services.address.removeprefix("unix:")).exists()
 
     def test_interrupted_services_exit_zero(self, services: LocalServices) -> None:
         for service in (services.scheduler, services.executor):
@@ -377,11 +497,16 @@ def test_drain_has_a_limit(checkpoint: Callable[[str], Path], tmp_path: Path) ->
             scheduler=["--drain-timeout-s", "0.3"],
         ) as services,
         Client(services.address) as client,
-        ThreadPoolExecutor(1) as threads,
+        ThreadPoolExecutor(2) as threads,
     ):
         request = BackgroundRequest(client, threads, random_prompt(10), greedy(4000))
         request.wait_for_tokens(5)
         services.scheduler.terminate()
+        resuming = BackgroundRequest(client, threads, random_prompt(10), greedy(300), resume=True)
         assert services.scheduler.wait(LIMIT_S) == 0
-        assert request.error() is not None
+        error = request.error()
+        assert isinstance(error, UnavailableError)
+        assert "can be resumed" in str(error)
+        services.scheduler.restart(LIMIT_S)
+        assert len(resuming.completion().token_ids) == 300
         assert "Traceback" not in (tmp_path / "scheduler.log").read_text()

@@ -21,7 +21,7 @@ EXECUTOR, SCHEDULER = "executor_service", "scheduler_service"
 BOTH = pytest.mark.parametrize("module", [EXECUTOR, SCHEDULER])
 MAIN = {EXECUTOR: executor_service.__main__.main, SCHEDULER: scheduler_service.__main__.main}
 #: Our own log, and that of gRPC's core.
-LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (DEBUG|INFO) |[IWE]\d{4} \d\d:\d\d:")
+LOG_LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z (DEBUG|INFO) |[IWE]\d{4} \d\d:\d\d:")
 WEIGHTS = "model.safetensors"
 
 

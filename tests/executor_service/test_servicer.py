@@ -43,6 +43,10 @@ class Server:
     metrics: ExecutorMetrics
     epoch: int
 
+    def num_active_slots(self) -> int:
+        request = executor_pb2.GetExecutorInfoRequest()
+        return self.stub.GetExecutorInfo(request, timeout=LIMIT_S).num_active_slots
+
 
 @pytest.fixture
 def server(engine: Engine, tmp_path: Path) -> Iterator[Server]:
@@ -74,9 +78,12 @@ class Stream:
     def send(self, **message) -> None:
         self._requests.put(executor_pb2.ExecuteRequest(**message))
 
-    def start(self, epoch: int) -> "Stream":
-        self.send(start_session=executor_pb2.StartSession(expected_epoch=epoch, session_id=1))
-        assert next(self.call).session_started.epoch == epoch
+    def start(self, epoch: int, **fields: int) -> "Stream":
+        start = executor_pb2.StartSession(expected_epoch=epoch, session_id=1, **fields)
+        self.send(start_session=start)
+        assert next(self.call).session_started == executor_pb2.SessionStarted(
+            epoch=epoch, session_id=1
+        )
         return self
 
     def plan(self, plan: Plan) -> None:
@@ -209,3 +216,87 @@ def test_no_thread_outlives_its_session(server: Server):
         server.metrics.registry.get_sample_value("nanovllm_sessions_total", {"model_name": "tiny"})
         == 3
     )
+
+
+def test_an_idle_session_beats_as_often_as_it_was_asked_to(server: Server):
+    stream = Stream(server).start(server.epoch, heartbeat_interval_ms=5)
+    assert next(stream.call).heartbeat == executor_pb2.Heartbeat()
+    stream.plan(Plan(1, admits=[admit(0, [1, 2], [0], max_total_tokens=3)], chunks=[(0, 2)]))
+    while not (response := next(stream.call)).HasField("step_results"):
+        pass
+    assert response.step_results.results[0].iteration == 1
+    while not (response := next(stream.call)).HasField("heartbeat"):
+        pass
+    assert response.heartbeat.num_iterations == 1
+    stream.end()
+
+
+def test_a_session_starts_only_when_the_worker_can_take_it(
+    server: Server, engine: Engine, monkeypatch: pytest.MonkeyPatch
+):
+    busy, go_on = threading.Event(), threading.Event()
+    launch = engine.runner.launch
+
+    def hang(*arguments):
+        busy.set()
+        assert go_on.wait(LIMIT_S)
+        return launch(*arguments)
+
+    monkeypatch.setattr(engine.runner, "launch", hang)
+    # Beats while the worker is busy: the sender's thread is not the one that hangs.
+    first = Stream(server).start(server.epoch, heartbeat_interval_ms=5)
+    first.plan(Plan(1, admits=[admit(0, [1], [0], max_total_tokens=2)], chunks=[(0, 1)]))
+    assert busy.wait(LIMIT_S)
+    assert next(first.call).HasField("heartbeat")
+    second = Stream(server)
+    second.send(start_session=executor_pb2.StartSession(expected_epoch=server.epoch, session_id=2))
+    answered = threading.Thread(target=lambda: next(second.call), daemon=True)
+    answered.start()
+    assert next(first.call).HasField("heartbeat"), "the older session is open still"
+    assert answered.is_alive()
+    go_on.set()
+    answered.join(LIMIT_S)
+    assert not answered.is_alive()
+    assert first.status()[0] is grpc.StatusCode.ABORTED
+    second.end()
+
+
+def test_the_description_counts_occupied_slots(server: Server):
+    stream = Stream(server).start(server.epoch)
+    admits = [admit(0, [1, 2], [0], max_total_tokens=3), admit(3, [1], [1])]
+    stream.plan(Plan(1, admits=admits, chunks=[(0, 2)]))
+    stream.take(1)
+    assert server.num_active_slots() == 2
+    stream.plan(Plan(2, releases=[0, 3]))
+    stream.take(1)
+    assert server.num_active_slots() == 0
+    stream.end()
+
+
+@pytest.mark.parametrize("step_id", [1, 3], ids=["twice", "gap"])
+def test_a_plan_out_of_order_ends_its_session_and_leaves_the_next_one_alone(
+    server: Server, step_id: int
+):
+    stream = Stream(server).start(server.epoch)
+    stream.plan(Plan(1, admits=[admit(0, [1, 2], [0])], chunks=[(0, 2)]))
+    stream.plan(Plan(step_id, releases=[0]))
+    code, details = stream.status()
+    assert (code, details) == (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        f"plan {step_id} came after plan 1",
+    )
+    again = Stream(server).start(server.epoch)
+    again.plan(Plan(1, admits=[admit(0, [1, 2], [0], max_total_tokens=3)], chunks=[(0, 2)]))
+    assert again.take(1)[0].slots == [0]
+    again.end()
+
+
+def test_plans_of_a_fenced_session_never_reach_the_newer_one(server: Server):
+    old = Stream(server).start(server.epoch)
+    new = Stream(server).start(server.epoch)
+    for step_id in (1, 2, 3):
+        old.plan(Plan(step_id, releases=[step_id]))
+    assert old.status()[0] is grpc.StatusCode.ABORTED
+    new.plan(Plan(1, admits=[admit(0, [1, 2], [0], max_total_tokens=3)], chunks=[(0, 2)]))
+    assert new.take(1)[0].applied_step_id == 1
+    new.end()

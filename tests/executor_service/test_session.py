@@ -45,3 +45,22 @@ def test_the_first_reason_counts():
     assert session.ended
     assert (session.end_reason, session.end_message) == (EndReason.PROTOCOL, "first")
     assert session.take() is None
+
+
+def test_a_session_without_results_yields_an_empty_message_when_a_heartbeat_is_due():
+    session = Session(1, heartbeat_interval_s=0.01)
+    assert iterations(session.take()) == []
+    session.put(result(3))
+    assert iterations(session.take()) == [3]
+    assert iterations(session.take()) == []
+    assert session.num_iterations == 3
+    session.end(EndReason.CLOSED, "closed")
+    assert session.take() is None
+
+
+def test_a_session_that_ends_before_the_worker_takes_it_was_never_open():
+    taken, dropped = Session(1), Session(2)
+    taken.open()
+    dropped.end(EndReason.CLOSED, "the stream was closed")
+    assert taken.wait_until_open()
+    assert not dropped.wait_until_open()

@@ -468,7 +468,7 @@ def test_log_probabilities_reach_the_scheduler_for_the_slots_that_asked(make):
     }
 
 
-def test_iterations_are_counted_by_kind(make):
+def test_iterations_and_their_tokens_are_counted_by_kind(make):
     bench = make(start=False)
     client = bench.client()
     client.plan(admits=[admit(0, [1, 1], [0])], chunks=[(0, 2)])
@@ -477,7 +477,9 @@ def test_iterations_are_counted_by_kind(make):
     client.take(3)
     bench.worker.stop()
     name = "nanovllm_step_duration_seconds_count"
-    assert [bench.metric(name, kind=kind) for kind in ("prefill", "mixed", "decode")] == [1, 1, 1]
+    for kind, batch, num_tokens in (("prefill", "1", 2), ("mixed", "2-8", 3), ("decode", "1", 1)):
+        assert bench.metric(name, kind=kind, batch=batch) == 1
+        assert bench.metric("nanovllm_step_tokens_total", kind=kind) == num_tokens
     assert bench.metric("nanovllm_plan_queue_delay_seconds_count") == 2
 
 

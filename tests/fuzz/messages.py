@@ -9,10 +9,23 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
+import grpc
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from nanovllm.v1 import inference_pb2 as pb
+
+#: Failures that blame the request, the load or the caller, never the server.
+PROPER = frozenset(
+    {
+        grpc.StatusCode.INVALID_ARGUMENT,
+        grpc.StatusCode.ALREADY_EXISTS,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        grpc.StatusCode.ABORTED,
+        grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+    }
+)
 
 # What a text, an id or a salt may be that somebody did not think of.
 _STRINGS = (

@@ -19,6 +19,7 @@ from scheduler_service.plan import (
     StepResult,
 )
 from scheduler_service.scheduler import ExecutorCapacity
+from scheduler_service.sequence import TokenLogprobs
 
 VOCAB_SIZE = 3
 
@@ -60,6 +61,7 @@ class _Slot:
     num_computed: int
     max_total_tokens: int
     stop_token_ids: tuple[int, ...]
+    num_logprobs: int
     # Hash of the first i tokens at index i.
     prefix_hashes: list[int] = field(default_factory=lambda: [0])
     decoding: bool = False
@@ -104,6 +106,7 @@ class SimulatedExecutor:
                 slots=[slot for slot, _, _ in produced],
                 token_ids=[token for _, token, _ in produced],
                 finish_flags=bytes(flag for _, _, flag in produced),
+                logprobs=self._logprobs([slot for slot, _, _ in produced]),
                 iteration=self._iteration,
             )
         )
@@ -134,6 +137,7 @@ class SimulatedExecutor:
             num_computed=admit.num_cached_tokens,
             max_total_tokens=admit.max_total_tokens,
             stop_token_ids=admit.stop_token_ids,
+            num_logprobs=admit.sampling.num_logprobs,
         )
         for token in state.tokens:
             state.prefix_hashes.append(extend(state.prefix_hashes[-1], token))
@@ -191,6 +195,15 @@ class SimulatedExecutor:
             flag = FINISH_LENGTH
         state.finished = flag != FINISH_NONE
         return slot, token, flag
+
+    def _logprobs(self, slots: list[int]) -> dict[int, TokenLogprobs]:
+        """Of the right size for the slots that want them; their values mean nothing."""
+        wanted = {slot: self._slots[slot].num_logprobs for slot in slots}
+        return {
+            slot: TokenLogprobs(-1.0, list(range(count)), [-1.0] * count)
+            for slot, count in wanted.items()
+            if count >= 0
+        }
 
     def _address(self, state: _Slot, position: int) -> int:
         size = self.capacity.block_size

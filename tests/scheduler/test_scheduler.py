@@ -9,7 +9,7 @@ from scheduler_service.scheduler import (
     Scheduler,
     SchedulerPolicy,
 )
-from scheduler_service.sequence import FinishReason, Sequence, SequenceStatus
+from scheduler_service.sequence import FinishReason, Sequence, SequenceStatus, SlotSampling
 from tests.scheduler.simulated_executor import SimulatedExecutor, expected_output
 
 CAPACITY = ExecutorCapacity(
@@ -315,3 +315,35 @@ def test_impossible_results_are_refused(result, message):
 def test_a_result_without_an_executor_is_refused():
     with pytest.raises(ExecutorProtocolError, match="no executor"):
         Scheduler(SchedulerPolicy()).update(StepResult(1, [], [], b""))
+
+
+@pytest.mark.parametrize(
+    ("flag", "num_tokens", "problem"),
+    [
+        (0, 4, "goes on beyond its longest length"),
+        (2, 2, "ended before its longest length"),
+    ],
+)
+def test_a_length_that_the_executor_reports_wrongly_breaks_the_protocol(flag, num_tokens, problem):
+    harness = Harness()
+    seq = harness.add([0, 1, 2], max_tokens=4)
+    for _ in range(num_tokens - 1):
+        harness.step()
+    assert seq.num_output_tokens == num_tokens - 1
+    wrong = StepResult(
+        applied_step_id=1, slots=[seq.slot], token_ids=[1], finish_flags=bytes([flag])
+    )
+    with pytest.raises(ExecutorProtocolError, match=problem):
+        harness.scheduler.update(wrong)
+    # A sequence at its longest length could never be admitted again.
+    assert seq.num_output_tokens == num_tokens - 1
+
+
+def test_a_token_that_came_without_its_log_probabilities_is_not_kept():
+    harness = Harness()
+    seq = harness.add([0, 1, 2], max_tokens=4, sampling=SlotSampling(num_logprobs=2))
+    harness.plan()
+    wrong = StepResult(applied_step_id=1, slots=[seq.slot], token_ids=[1], finish_flags=bytes(1))
+    with pytest.raises(ExecutorProtocolError, match="without log-probabilities"):
+        harness.scheduler.update(wrong)
+    assert seq.num_output_tokens == len(seq.logprobs) == 0

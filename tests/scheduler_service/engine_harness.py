@@ -2,13 +2,17 @@
 
 import asyncio
 import itertools
+from dataclasses import replace
 
 from nanovllm.v1 import inference_pb2
+from scheduler_service.admission import AdmissionLimits
 from scheduler_service.completion import Delta
-from scheduler_service.engine import Engine, EngineLimits, LiveRequest
+from scheduler_service.engine import Engine, EngineLimits
+from scheduler_service.live_request import LiveRequest
 from scheduler_service.metrics import SchedulerMetrics
 from scheduler_service.model_spec import DefaultSampling, ModelSpec
 from scheduler_service.plan import Plan, StepResult
+from scheduler_service.request_metrics import RequestMetrics
 from scheduler_service.scheduler import ExecutorCapacity, Scheduler, SchedulerPolicy
 from scheduler_service.tokenizer import Tokenizer
 from scheduler_service.validation import TokenPrompt, validate_generate
@@ -27,6 +31,15 @@ CAPACITY = ExecutorCapacity(
     num_blocks=64, block_size=4, max_num_seqs=8, max_num_batched_tokens=64, max_model_len=128
 )
 
+#: But for `max_queued_requests`, which the harness takes by itself.
+NO_LIMITS = AdmissionLimits(
+    max_queued_requests=0,
+    max_queued_tokens=2**40,
+    max_queue_wait_s=0,
+    max_requests_per_client=0,
+    max_response_bytes=2**40,
+)
+
 
 class EngineHarness:
     """Must be made inside a running event loop."""
@@ -39,6 +52,7 @@ class EngineHarness:
         max_queued_requests: int = 100,
         executor_wait_timeout_s: float = 100.0,
         max_executor_losses: int = 2,
+        admission: AdmissionLimits = NO_LIMITS,
     ) -> None:
         self.scheduler = Scheduler(SchedulerPolicy())
         self.metrics = SchedulerMetrics(self.scheduler, MODEL.name)
@@ -46,8 +60,12 @@ class EngineHarness:
             self.scheduler,
             MODEL,
             tokenizer,
-            self.metrics,
-            EngineLimits(max_queued_requests, executor_wait_timeout_s, max_executor_losses),
+            RequestMetrics(self.metrics),
+            EngineLimits(
+                replace(admission, max_queued_requests=max_queued_requests),
+                executor_wait_timeout_s,
+                max_executor_losses,
+            ),
         )
         self.engine.start()
         self.plans: list[Plan] = []
@@ -70,7 +88,13 @@ class EngineHarness:
         self.engine.on_disconnected("the executor went away")
 
     def submit(
-        self, prompt: list[int], *, request_id: str = "", priority: int = 0, **params
+        self,
+        prompt: list[int],
+        *,
+        request_id: str = "",
+        priority: int = 0,
+        resume: inference_pb2.Resume | None = None,
+        **params,
     ) -> LiveRequest:
         """Submits through the real validation; `params` are fields of SamplingParams."""
         request = inference_pb2.GenerateRequest(
@@ -78,6 +102,7 @@ class EngineHarness:
             token_ids=inference_pb2.TokenIds(ids=prompt),
             priority=priority,
             sampling_params=inference_pb2.SamplingParams(**params),
+            resume=resume,
         )
         spec = validate_generate(request, MODEL)
         assert isinstance(spec.prompt, TokenPrompt)

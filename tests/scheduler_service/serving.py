@@ -5,10 +5,11 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import pytest
+from google.protobuf.message import Message
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
@@ -21,6 +22,8 @@ from scheduler_service.tokenizer import Tokenizer
 from tests.scheduler_service.engine_harness import EngineHarness, settle
 
 LIMIT_S = 30
+
+M = TypeVar("M", bound=Message)
 
 
 @dataclass
@@ -121,13 +124,19 @@ async def read_all(call: Any) -> list[inference_pb2.GenerateResponse]:
 
 def retry_after_s(error: grpc.aio.AioRpcError) -> float | None:
     """The hint of a refusal, if there is one."""
+    hint = detail(error, error_details_pb2.RetryInfo)
+    return None if hint is None else hint.retry_delay.ToTimedelta().total_seconds()
+
+
+def detail(error: grpc.aio.AioRpcError, kind: type[M]) -> M | None:
+    """The detail of a kind that an error carries, if it does."""
     status = rpc_status.from_call(
         SimpleNamespace(
             trailing_metadata=error.trailing_metadata, code=error.code, details=error.details
         )
     )
-    hint = error_details_pb2.RetryInfo()
+    message = kind()
     for packed in status.details if status is not None else ():
-        if packed.Unpack(hint):
-            return hint.retry_delay.ToTimedelta().total_seconds()
+        if packed.Unpack(message):
+            return message
     return None

@@ -15,8 +15,10 @@ from nanovllm.v1 import executor_pb2, executor_pb2_grpc
 from nanovllm.wire import pack_int32
 from scheduler_service import executor_link
 from scheduler_service.executor_link import ExecutorLink, LinkSettings, SessionEndedError
+from scheduler_service.executor_liveness import LivenessLimits
+from scheduler_service.metrics import SchedulerMetrics
 from scheduler_service.plan import Admit, Plan, StepResult
-from scheduler_service.scheduler import ExecutorCapacity
+from scheduler_service.scheduler import ExecutorCapacity, Scheduler, SchedulerPolicy
 from scheduler_service.sequence import SlotSampling
 
 FINGERPRINT = "a" * 64
@@ -30,6 +32,8 @@ class ScriptedExecutor(executor_pb2_grpc.ExecutorServiceServicer):
         self.script = script
         self.fingerprint = fingerprint
         self.epoch = 7
+        # Other than the one that was asked for.
+        self.answered_session_id: int | None = None
         self.started: list[executor_pb2.StartSession] = []
         self.plans: list[executor_pb2.Plan] = []
 
@@ -51,7 +55,9 @@ class ScriptedExecutor(executor_pb2_grpc.ExecutorServiceServicer):
         if start.expected_epoch != self.epoch:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "another epoch")
         yield executor_pb2.ExecuteResponse(
-            session_started=executor_pb2.SessionStarted(epoch=self.epoch)
+            session_started=executor_pb2.SessionStarted(
+                epoch=self.epoch, session_id=self.answered_session_id or start.session_id
+            )
         )
         async for response in self.script(self, request_iterator, context):
             yield response
@@ -67,6 +73,7 @@ class FakeEngine:
         self.results: list[StepResult] = []
         self.problems: list[str] = []
         self.bugs: list[Exception] = []
+        self.metrics: SchedulerMetrics | None = None
         self.send: Callable[[Plan], None] | None = None
         self.changed = asyncio.Event()
 
@@ -93,6 +100,17 @@ class FakeEngine:
                 await self.changed.wait()
 
 
+def counted_ends(engine: FakeEngine) -> dict[str, float]:
+    """Sessions that ended so far, by reason."""
+    assert engine.metrics is not None
+    (family,) = engine.metrics.sessions_ended.collect()
+    return {
+        sample.labels["reason"]: sample.value
+        for sample in family.samples
+        if sample.name.endswith("_total") and sample.value
+    }
+
+
 async def echo_step_ids(executor, plans, context) -> AsyncIterator:
     """Answers every plan with a result that names it."""
     async for request in plans:
@@ -109,6 +127,7 @@ def converse(tmp_path: Path) -> Callable[..., None]:
         script: Script,
         scenario: Callable[[FakeEngine, ScriptedExecutor, ExecutorLink], Awaitable[None]],
         *,
+        silence_timeout_s: float = 30.0,
         stall_timeout_s: float = 30.0,
         fingerprint: str = FINGERPRINT,
         listen: str = f"unix:{tmp_path}/executor.sock",
@@ -127,7 +146,10 @@ def converse(tmp_path: Path) -> Callable[..., None]:
             async def on_change(connected: bool) -> None:
                 states.append(connected)
 
-            link = ExecutorLink(engine, LinkSettings(address, stall_timeout_s), on_change)
+            limits = LivenessLimits(silence_timeout_s, stall_timeout_s)
+            metrics = SchedulerMetrics(Scheduler(SchedulerPolicy()), "tiny")
+            link = ExecutorLink(engine, LinkSettings(address, limits), metrics, on_change)
+            engine.metrics = metrics
             task = asyncio.create_task(link.run())
             try:
                 scenario_task = asyncio.create_task(scenario(engine, executor, link))
@@ -161,6 +183,9 @@ def test_plans_go_down_in_order_and_results_come_up(converse):
         ]
         assert engine.capacities == [ExecutorCapacity(9, 4, 3, 64, 128)]
         assert link.info.block_size == 4
+        registry = engine.metrics.registry
+        for name in ("plans_total", "executor_round_trip_seconds_count"):
+            assert registry.get_sample_value(f"nanovllm_{name}", {"model_name": "tiny"}) == 20
 
     assert converse(echo_step_ids, scenario) == [True, False]
 
@@ -171,7 +196,9 @@ def test_a_bug_that_a_session_brings_out_ends_the_session_and_not_the_link(conve
         await engine.until(lambda: engine.send is not None)
         engine.send(Plan(1))
         await engine.until(lambda: len(engine.capacities) == 2)
-        assert "ZeroDivisionError('a bug')" in engine.problems[0]
+        # Clients are told this; the exception's text is for the log alone.
+        assert engine.problems[0] == "the scheduler failed in a session"
+        assert counted_ends(engine) == {"bug": 1}
         engine.send(Plan(1))
         await engine.until(lambda: len(engine.results) == 1)
 
@@ -223,13 +250,15 @@ def test_another_model_is_refused_with_what_to_change(converse, caplog):
     async def scenario(engine: FakeEngine, executor: ScriptedExecutor, link: ExecutorLink):
         await engine.until(lambda: len(engine.problems) == 2)
         assert "same --model" in engine.problems[0]
+        assert counted_ends(engine) == {"refused": 2}
         assert executor.started == []
         assert link.info is None
 
     with caplog.at_level(logging.WARNING):
         assert True not in converse(echo_step_ids, scenario, fingerprint="b" * 64)
     # Said once, not at every attempt.
-    assert sum("same --model" in record.message for record in caplog.records) == 1
+    problems = [record.fields["problem"] for record in caplog.records if hasattr(record, "fields")]
+    assert sum("same --model" in problem for problem in problems) == 1
 
 
 def test_a_session_that_the_executor_ends_is_followed_by_a_new_one(converse):
@@ -244,6 +273,7 @@ def test_a_session_that_the_executor_ends_is_followed_by_a_new_one(converse):
         await engine.until(lambda: len(engine.capacities) == 2)
         assert "ABORTED" in engine.problems[0]
         assert "a newer session took over" in engine.problems[0]
+        assert counted_ends(engine) == {"fenced": 1}
         first, second = executor.started
         assert first.session_id != second.session_id
 
@@ -292,6 +322,7 @@ def test_a_write_to_a_call_that_is_over_ends_the_session_with_the_status_of_the_
     [
         executor_pb2.StepResult(slots=b"abc"),
         executor_pb2.StepResult(slots=pack_int32([1]), token_ids=pack_int32([1])),
+        executor_pb2.StepResult(iteration=2),
     ],
 )
 def test_a_malformed_result_ends_the_session_as_a_breach_of_protocol(converse, result):
@@ -305,64 +336,89 @@ def test_a_malformed_result_ends_the_session_as_a_breach_of_protocol(converse, r
         engine.send(Plan(1))
         await engine.until(lambda: bool(engine.problems))
         assert "broke the protocol" in engine.problems[0]
+        assert counted_ends(engine) == {"protocol": 1}
 
     converse(send_nonsense, scenario)
 
 
-def test_an_executor_that_owes_results_and_is_silent_is_given_up(converse):
-    async def never_answer(executor, plans, context) -> AsyncIterator:
+async def beat(executor, plans, context) -> AsyncIterator:
+    """Sends heartbeats without progress, and nothing else."""
+    while True:
+        yield executor_pb2.ExecuteResponse(heartbeat=executor_pb2.Heartbeat())
+        await asyncio.sleep(executor.started[-1].heartbeat_interval_ms / 1000)
+
+
+def test_an_executor_that_owes_results_and_only_beats_is_given_up(converse):
+    async def scenario(engine: FakeEngine, executor: ScriptedExecutor, link: ExecutorLink):
+        await engine.until(lambda: engine.send is not None)
+        engine.scheduler.has_work_in_flight = True
+        await engine.until(lambda: bool(engine.problems))
+        assert "made no progress" in engine.problems[0]
+        assert counted_ends(engine) == {"stalled": 1}
+
+    converse(beat, scenario, stall_timeout_s=0.2)
+
+
+def test_an_idle_executor_that_beats_stays_connected(converse):
+    async def scenario(engine: FakeEngine, executor: ScriptedExecutor, link: ExecutorLink):
+        await engine.until(lambda: engine.send is not None)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(1.0):
+                await engine.until(lambda: bool(engine.problems))
+
+    converse(beat, scenario, silence_timeout_s=5.0, stall_timeout_s=0.2)
+
+
+def test_an_idle_executor_that_sends_nothing_is_given_up(converse):
+    async def say_nothing(executor, plans, context) -> AsyncIterator:
         async for _ in plans:
             pass
         yield
 
     async def scenario(engine: FakeEngine, executor: ScriptedExecutor, link: ExecutorLink):
+        await engine.until(lambda: bool(engine.problems))
+        assert "sent nothing" in engine.problems[0]
+        assert not engine.scheduler.has_work_in_flight
+
+    converse(say_nothing, scenario, silence_timeout_s=0.2)
+
+
+def test_the_executor_is_asked_for_several_heartbeats_within_the_limit(converse):
+    async def scenario(engine: FakeEngine, executor: ScriptedExecutor, link: ExecutorLink):
         await engine.until(lambda: engine.send is not None)
-        engine.scheduler.has_work_in_flight = True
+        assert executor.started[0].heartbeat_interval_ms == 1000
+
+    converse(echo_step_ids, scenario, silence_timeout_s=5.0)
+
+
+def test_an_answer_that_belongs_to_another_session_is_not_taken(converse):
+    async def scenario(engine: FakeEngine, executor: ScriptedExecutor, link: ExecutorLink):
+        executor.answered_session_id = 1
+        await engine.until(lambda: bool(engine.problems))
+        assert "for another session" in engine.problems[0]
+        assert engine.capacities == []
+
+    converse(echo_step_ids, scenario)
+
+
+def test_a_stream_that_breaks_counts_as_a_lost_session(converse):
+    async def break_at_first_plan(executor, plans, context) -> AsyncIterator:
+        await anext(plans)
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "the executor is shutting down")
+        yield
+
+    async def scenario(engine: FakeEngine, executor: ScriptedExecutor, link: ExecutorLink):
+        await engine.until(lambda: engine.send is not None)
         engine.send(Plan(1))
         await engine.until(lambda: bool(engine.problems))
-        assert "made no progress" in engine.problems[0]
+        assert counted_ends(engine) == {"lost": 1}
 
-    converse(never_answer, scenario, stall_timeout_s=0.1)
+    converse(break_at_first_plan, scenario)
 
 
-def test_silence_counts_from_the_moment_that_work_begins(monkeypatch: pytest.MonkeyPatch):
-    """A link that was idle for longer than the limit gives the next request its full time."""
-    now_s = 0.0
-    monkeypatch.setattr(executor_link, "time", SimpleNamespace(monotonic=lambda: now_s))
-
-    class Scheduler:
-        def __init__(self) -> None:
-            self.works = False
-            self.looked_at = asyncio.Event()
-
-        @property
-        def has_work_in_flight(self) -> bool:
-            self.looked_at.set()
-            return self.works
-
-        async def tick(self) -> None:
-            self.looked_at.clear()
-            await self.looked_at.wait()
-
-    async def main() -> None:
-        nonlocal now_s
-        engine = FakeEngine()
-        engine.scheduler = scheduler = Scheduler()
-
-        async def on_change(connected: bool) -> None:
-            pass
-
-        link = ExecutorLink(engine, LinkSettings("unix:/nowhere", 0.01), on_change)
-        watch = asyncio.create_task(link._watch_progress())
-        now_s = 1000.0
-        await scheduler.tick()
-        scheduler.works = True
-        link._send(Plan(1))
-        for _ in range(3):
-            await scheduler.tick()
-        assert not watch.done()
-        now_s += 1.0
-        with pytest.raises(SessionEndedError, match=r"no progress for 1\.0 s"):
-            await asyncio.wait_for(watch, 10)
-
-    asyncio.run(main())
+@pytest.mark.parametrize("name", ["num_blocks", "block_size", "max_num_seqs", "max_model_len"])
+def test_an_executor_that_claims_to_hold_nothing_gets_no_session(name: str):
+    sizes = dict.fromkeys(("num_blocks", "block_size", "max_num_seqs", "max_model_len"), 8)
+    info = executor_pb2.GetExecutorInfoResponse(max_num_batched_tokens=8, **(sizes | {name: 0}))
+    with pytest.raises(SessionEndedError, match=f"claims a {name} of 0"):
+        executor_link._capacity(info)

@@ -1,8 +1,7 @@
 """More work than the service can take, seen by its clients: refusals, deadlines, slow readers."""
 
 import asyncio
-import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,6 @@ from nanovllm.v1 import inference_pb2_grpc
 from scheduler_service.tokenizer import Tokenizer
 from tests.scheduler_service.engine_harness import NO_LIMITS
 from tests.scheduler_service.serving import (
-    LIMIT_S,
     Service,
     failure,
     read_all,
@@ -37,23 +35,6 @@ def serve(
 ) -> Callable[..., AbstractAsyncContextManager[Service]]:
     """Starts the service with limits of the test's own."""
     return lambda **options: served(tokenizer, f"unix:{tmp_path}/s.sock", **options)
-
-
-@pytest.fixture
-def slow_tokenizer(
-    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[threading.Event]:
-    """Texts are not tokenized before the event is set."""
-    go_on = threading.Event()
-    encode = tokenizer.encode
-
-    def wait_and_encode(text: str, **options) -> list[int]:
-        go_on.wait(LIMIT_S)
-        return encode(text, **options)
-
-    monkeypatch.setattr(tokenizer, "encode", wait_and_encode)
-    yield go_on
-    go_on.set()
 
 
 @asynccontextmanager

@@ -1,6 +1,7 @@
 """One line for each request: what it says, what it never says, and how many there are at most."""
 
 import asyncio
+import contextlib
 import json
 import logging
 from collections.abc import Awaitable, Callable
@@ -10,7 +11,7 @@ import pytest
 
 from nanovllm.logs import JsonFormatter
 from nanovllm.v1 import inference_pb2 as pb
-from scheduler_service import request_log
+from scheduler_service import log_budget, request_log
 from scheduler_service.call_record import MAX_LOGGED_CHARS, CallRecord, OutputTexts
 from scheduler_service.completion import Delta
 from scheduler_service.errors import InvalidFieldError, NoExecutorError, QueueFullError
@@ -175,7 +176,7 @@ def test_a_refusal_names_the_reason_and_the_field_but_not_the_message(log, lines
 
 
 def test_an_overload_is_a_few_lines_and_a_sum(log, lines, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(request_log, "_WINDOW_S", 0.2)
+    monkeypatch.setattr(log_budget, "_WINDOW_S", 0.2)
 
     async def scenario(h: Logged) -> None:
         for _ in range(1000):
@@ -189,7 +190,7 @@ def test_an_overload_is_a_few_lines_and_a_sum(log, lines, monkeypatch: pytest.Mo
 
     log(scenario)
     *refused, total, later = lines()
-    most = RequestLog.MAX_REFUSALS_PER_S
+    most = RequestLog.MAX_UNQUEUED_PER_S
     assert [line["message"] for line in refused] == ["request refused"] * most
     assert total == {
         "message": "more requests refused",
@@ -201,9 +202,27 @@ def test_an_overload_is_a_few_lines_and_a_sum(log, lines, monkeypatch: pytest.Mo
     assert later["message"] == "request refused"
 
 
+def test_calls_that_their_callers_leave_before_they_are_queued_are_limited_too(log, lines):
+    async def scenario(h: Logged) -> None:
+        for _ in range(RequestLog.MAX_UNQUEUED_PER_S + 3):
+            with (
+                contextlib.suppress(asyncio.CancelledError),
+                h.observer.observe(text(), context_of()),
+            ):
+                raise asyncio.CancelledError
+        await h.harness.finish(h.call(text(), max_tokens=4))
+        await h.observer.close()
+
+    log(scenario)
+    *left, queued, total = lines()
+    assert [line["code"] for line in left] == ["CANCELLED"] * RequestLog.MAX_UNQUEUED_PER_S
+    assert (queued["message"], queued["code"]) == ("request ended", "OK")
+    assert (total["count"], total["CANCELLED"]) == (3, 3)
+
+
 def test_the_end_of_the_process_loses_no_sum(log, lines):
     async def scenario(h: Logged) -> None:
-        for _ in range(RequestLog.MAX_REFUSALS_PER_S + 3):
+        for _ in range(RequestLog.MAX_UNQUEUED_PER_S + 3):
             h.refuse(QueueFullError("full", 1.0))
         await h.observer.close()
 

@@ -1,34 +1,31 @@
 """The public service behind a real gRPC server, with a simulated executor."""
 
 import asyncio
-import threading
-from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import grpc
 import pytest
 from google.rpc import error_details_pb2
-from grpc_status import rpc_status
 
-from nanovllm.v1 import executor_pb2, inference_pb2_grpc
+from nanovllm.v1 import executor_pb2
 from nanovllm.v1 import inference_pb2 as pb
-from scheduler_service.prompt_encoder import PromptEncoder
-from scheduler_service.servicer import InferenceServicer
 from scheduler_service.tokenizer import Tokenizer
+from scheduler_service.validation import RequestKey
 from tests.scheduler.simulated_executor import expected_output
-from tests.scheduler_service.engine_harness import CAPACITY, MODEL, EngineHarness, settle
+from tests.scheduler_service.engine_harness import CAPACITY, MODEL
+from tests.scheduler_service.serving import (
+    LIMIT_S,
+    Service,
+    detail,
+    failure,
+    read_all,
+    retry_after_s,
+    served,
+    until,
+)
 
-LIMIT_S = 30
 PROMPT = [0, 1, 1, 2]
-
-
-@dataclass
-class Service:
-    harness: EngineHarness
-    stub: inference_pb2_grpc.InferenceServiceStub
-    link: SimpleNamespace
 
 
 @pytest.fixture
@@ -37,64 +34,13 @@ def serve(tokenizer: Tokenizer, tmp_path: Path) -> Callable[..., None]:
 
     def run(scenario: Callable[[Service], Awaitable[None]], **options) -> None:
         async def main() -> None:
-            harness = EngineHarness(tokenizer, **options)
-            encoder = PromptEncoder(tokenizer)
-            link = SimpleNamespace(address="unix:/executor", info=None)
-            server = grpc.aio.server()
-            inference_pb2_grpc.add_InferenceServiceServicer_to_server(
-                InferenceServicer(
-                    harness.engine, encoder, link, harness.metrics, has_chat_template=True
-                ),
-                server,
-            )
             address = f"unix:{tmp_path}/scheduler.sock"
-            server.add_insecure_port(address)
-            await server.start()
-            executor = asyncio.create_task(iterate(harness))
-            async with grpc.aio.insecure_channel(address) as channel:
-                stub = inference_pb2_grpc.InferenceServiceStub(channel)
-                try:
-                    await scenario(Service(harness, stub, link))
-                    await until(lambda: not harness.engine._requests)
-                finally:
-                    executor.cancel()
-                    await server.stop(None)
-                    encoder.close()
-            await settle()
-            assert harness.engine._owners == {}
-            assert harness.scheduler.num_running == harness.scheduler.num_waiting == 0
+            async with served(tokenizer, address, **options) as service:
+                await scenario(service)
 
         asyncio.run(main())
 
     return run
-
-
-@pytest.fixture
-def slow_tokenizer(
-    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[threading.Event]:
-    """Texts are not tokenized before the event is set."""
-    go_on = threading.Event()
-    encode = tokenizer.encode
-
-    def wait_and_encode(text: str, **options) -> list[int]:
-        go_on.wait(LIMIT_S)
-        return encode(text, **options)
-
-    monkeypatch.setattr(tokenizer, "encode", wait_and_encode)
-    yield go_on
-    go_on.set()
-
-
-async def iterate(harness: EngineHarness) -> None:
-    while True:
-        await harness.step()
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(LIMIT_S):
-        while not condition():
-            await asyncio.sleep(0)
 
 
 def request(**fields) -> pb.GenerateRequest:
@@ -104,31 +50,6 @@ def request(**fields) -> pb.GenerateRequest:
         sampling_params=pb.SamplingParams(**({"ignore_eos": True, "max_tokens": 9} | params)),
         **fields,
     )
-
-
-async def failure(call) -> grpc.aio.AioRpcError:
-    """The error that a call must end in."""
-    if hasattr(call, "__aiter__"):
-        call = read_all(call)
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call
-    return caught.value
-
-
-async def read_all(call) -> list[pb.GenerateResponse]:
-    return [response async for response in call]
-
-
-def details(error: grpc.aio.AioRpcError, kind: type):
-    status = rpc_status.from_call(
-        SimpleNamespace(
-            trailing_metadata=error.trailing_metadata, code=error.code, details=error.details
-        )
-    )
-    message = kind()
-    assert status is not None
-    assert status.details[0].Unpack(message)
-    return message
 
 
 def test_deltas_become_responses_and_only_the_last_has_usage(serve, tokenizer):
@@ -165,7 +86,9 @@ def test_a_wrong_field_is_invalid_argument_and_counted(serve):
     async def scenario(service: Service) -> None:
         error = await failure(service.stub.Generate(request(params={"temperature": -1})))
         assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
-        (violation,) = details(error, error_details_pb2.BadRequest).field_violations
+        bad_request = detail(error, error_details_pb2.BadRequest)
+        assert bad_request is not None
+        (violation,) = bad_request.field_violations
         assert violation.field == "sampling_params.temperature"
         rejections = service.harness.metrics.registry.get_sample_value(
             "nanovllm_admission_rejections_total",
@@ -182,7 +105,7 @@ def test_a_full_queue_says_when_to_come_back(serve):
         await until(lambda: service.harness.scheduler.num_waiting == 1)
         error = await failure(service.stub.Generate(request()))
         assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert details(error, error_details_pb2.RetryInfo).retry_delay.seconds >= 1
+        assert (retry_after_s(error) or 0) >= 1
         waiting.cancel()
 
     serve(scenario, connect=False, max_queued_requests=1)
@@ -211,7 +134,7 @@ def test_a_live_request_id_is_refused_and_abort_ends_its_owner(serve):
 def test_id_and_queue_place_are_taken_while_the_prompt_is_tokenized(serve, slow_tokenizer):
     async def scenario(service: Service) -> None:
         first = service.stub.Generate(request(text="abc", token_ids=None, request_id="mine"))
-        await until(lambda: "mine" in service.harness.engine._reservations)
+        await until(lambda: RequestKey("mine") in service.harness.engine._reservations)
         same_id = await failure(service.stub.Generate(request(request_id="mine")))
         assert same_id.code() is grpc.StatusCode.ALREADY_EXISTS
         no_place = await failure(service.stub.Generate(request()))
@@ -228,7 +151,7 @@ def test_abort_ends_a_request_whose_prompt_is_being_tokenized(serve, slow_tokeni
         call = service.stub.Generate(
             request(text="abc", token_ids=None, request_id="mine", params={"n": 2})
         )
-        await until(lambda: "mine" in service.harness.engine._reservations)
+        await until(lambda: RequestKey("mine") in service.harness.engine._reservations)
         assert (await service.stub.Abort(pb.AbortRequest(request_id="mine"))).aborted
         responses = await read_all(call)
         assert [r.finish_reason for r in responses] == [pb.FINISH_REASON_ABORT] * 2
@@ -242,7 +165,7 @@ def test_abort_ends_a_request_whose_prompt_is_being_tokenized(serve, slow_tokeni
 def test_a_call_cancelled_while_its_prompt_is_tokenized_leaves_nothing(serve, slow_tokenizer):
     async def scenario(service: Service) -> None:
         call = service.stub.Generate(request(text="abc", token_ids=None, request_id="mine"))
-        await until(lambda: "mine" in service.harness.engine._reservations)
+        await until(lambda: RequestKey("mine") in service.harness.engine._reservations)
         call.cancel()
         await asyncio.wait_for(service.harness.engine.wait_until_idle(), LIMIT_S)
         assert service.harness.engine._reservations == {}

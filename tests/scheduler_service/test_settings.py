@@ -1,9 +1,8 @@
 """Command line and environment of the scheduler."""
 
-import grpc
 import pytest
 
-from nanovllm.service_settings import StartupError, bind
+from nanovllm.service_settings import StartupError
 from scheduler_service.scheduler import SchedulerPolicy
 from scheduler_service.settings import SchedulerSettings
 
@@ -56,5 +55,33 @@ def test_a_bad_value_is_refused_with_its_option(option: str, value: str):
 
 
 def test_a_unix_address_without_a_path_is_refused():
-    with pytest.raises(StartupError, match="names no path"):
-        bind(grpc.server(None), "unix:")
+    with pytest.raises(StartupError, match="--listen: 'unix:' is no address"):
+        SchedulerSettings.from_arguments(["--listen", "unix:"])
+
+
+def test_connections_live_for_ever_unless_an_age_is_set():
+    options = SchedulerSettings.from_arguments([]).connection_options()
+    assert "grpc.max_connection_age_ms" not in options
+    settings = SchedulerSettings.from_arguments(
+        [
+            *("--max-connection-age-s", "2.5", "--max-connection-age-grace-s", "10"),
+            *("--keepalive-time-s", "3", "--keepalive-timeout-s", "0.5"),
+            *("--max-calls-per-connection", "7"),
+        ]
+    )
+    assert settings.connection_options() == {
+        "grpc.max_concurrent_streams": 7,
+        "grpc.keepalive_time_ms": 3000,
+        "grpc.keepalive_timeout_ms": 500,
+        "grpc.http2.ping_timeout_ms": 500,
+        "grpc.max_connection_age_ms": 2500,
+        "grpc.max_connection_age_grace_ms": 10_000,
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "bound"),
+    [([], 0), (["--max-queue-wait-s", "2.5"], 2.5), (["--max-queue-wait-s", "auto"], None)],
+)
+def test_the_wait_in_the_queue_is_bounded_when_asked_for(arguments, bound):
+    assert SchedulerSettings.from_arguments(arguments).admission().max_queue_wait_s == bound

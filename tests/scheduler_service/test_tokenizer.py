@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from scheduler_service.chat_template import ChatRenderer
 from scheduler_service.errors import InvalidFieldError
 from scheduler_service.model_spec import ModelSpecError
 from scheduler_service.prompt_encoder import PromptEncoder
@@ -23,13 +24,17 @@ def render(tokenizer: Tokenizer, template_kwargs_json: str = "", **options) -> s
     return tokenizer.render_chat(TURNS, template_kwargs_json=template_kwargs_json, **options)
 
 
+# One for all: to start its process takes longer than any test.
+RENDERER = ChatRenderer()
+
+
 def with_template(checkpoint: Path, directory: Path, template: str | None) -> Tokenizer:
     shutil.copytree(checkpoint, directory)
     path = directory / "tokenizer_config.json"
     config = json.loads(path.read_text()) | {"chat_template": template}
     path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
     (directory / "chat_template.jinja").unlink(missing_ok=True)
-    return Tokenizer(directory)
+    return Tokenizer(directory, RENDERER)
 
 
 @given(st.text(max_size=30))

@@ -340,11 +340,12 @@ def test_a_bug_is_an_error_too(trace):
     async def scenario(t: Traced) -> None:
         with (
             pytest.raises(ZeroDivisionError),
-            t.observer.observe(pb.GenerateRequest(), context_of()),
+            t.observer.observe(pb.GenerateRequest(), context_of(), "other.Service/Generate"),
         ):
             raise ZeroDivisionError
         (root,) = t.spans
-        assert root.status.description == "INTERNAL: unexpected"
+        assert root.attributes["rpc.method"] == "other.Service/Generate"
+        assert root.status.description == root.attributes["error.type"] == "INTERNAL"
 
     trace(scenario)
 

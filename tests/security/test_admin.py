@@ -10,8 +10,9 @@ import grpc
 import pytest
 from grpc_health.v1 import health, health_pb2
 
-from nanovllm.admin import AdminClient, LogLevel, SchedulerState, SequenceState
+from nanovllm.admin import AdminClient, LiveRequest, LogLevel, SchedulerState, SequenceState
 from nanovllm.cli import main as nanovllm_command
+from nanovllm.cli.admin import format_state
 from nanovllm.errors import AuthenticationError, InvalidRequestError
 from nanovllm.v1 import admin_pb2_grpc
 from nanovllm.v1 import inference_pb2 as pb
@@ -193,6 +194,11 @@ def test_the_command_does_what_the_service_can(
         await live
 
     administer(scenario, connect=False)
+
+
+def test_names_in_certificates_do_not_steer_the_administrators_terminal():
+    live = LiveRequest("one", "certificate:CN=\x1b[2J", age_s=1.0, sequences=())
+    assert "\x1b" not in format_state(SchedulerState((live,), draining=False))
 
 
 def test_tokens_of_callers_are_none_of_an_administrator(tmp_path: Path):

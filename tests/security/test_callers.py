@@ -1,6 +1,7 @@
 """Who may call, and what callers can see of each other."""
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_g
 
 from nanovllm import AsyncClient, AuthenticationError, Client
 from nanovllm.v1 import inference_pb2 as pb
+from scheduler_service import auth, log_budget
 from scheduler_service.caller import Caller, authenticated_by_token, caller_of
 from scheduler_service.security import Security
 from scheduler_service.tenancy import Tenancy
@@ -65,6 +67,36 @@ def test_calls_without_a_known_token_are_refused(serve, tmp_path: Path):
             assert responses[-1].finish_reason == pb.FINISH_REASON_LENGTH
 
     serve(scenario, with_tokens(tmp_path))
+
+
+def test_who_tries_without_a_known_token_is_logged_and_the_tokens_are_not(
+    serve, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    # As long as the test takes, however slow the machine is.
+    monkeypatch.setattr(log_budget, "_WINDOW_S", 3600.0)
+    security = with_tokens(tmp_path)
+    interceptor = security.interceptors[-1]
+    assert isinstance(interceptor, auth.TokenInterceptor)
+    wrong = "w" * 32
+
+    def lines() -> list[logging.LogRecord]:
+        return [record for record in caplog.records if record.name == auth.__name__]
+
+    async def scenario(service: Service):
+        for headers in ((), *[bearer(wrong)] * 20):
+            await failure(
+                service.stub.GetServerStatus(pb.GetServerStatusRequest(), metadata=headers)
+            )
+        interceptor._budget.close()
+
+    serve(scenario, security)
+    first, second, *others, rest = (record.fields for record in lines())
+    assert len(others) == 8
+    method = "/nanovllm.v1.InferenceService/GetServerStatus"
+    assert first == {"caller": "unix", "reason": "no_token", "method": method}
+    assert second["reason"] == "unknown_token"
+    assert rest == {"unknown_token": 11}
+    assert wrong not in str([record.__dict__ for record in lines()])
 
 
 def test_a_refused_call_is_answered_before_its_request_is_sent(serve, tmp_path: Path):

@@ -86,6 +86,20 @@ def test_a_template_stays_in_the_sandbox(renderer: ChatRenderer, template: str):
         render(renderer, template)
 
 
+def test_a_worker_has_no_secrets_of_the_scheduler_in_its_environment(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setenv("HF_TOKEN", "a secret")
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    renderer = ChatRenderer()
+    assert render(renderer, HARMLESS) == "user: Hi"
+    (worker,) = renderer._idle
+    environment = Path(f"/proc/{worker._process.pid}/environ").read_bytes()
+    renderer.close()
+    assert b"TZ=Asia/Tokyo" in environment
+    assert b"secret" not in environment
+
+
 def test_others_render_while_one_template_hangs(renderer: ChatRenderer):
     with ThreadPoolExecutor(1) as threads:
         hanging = threads.submit(render, renderer, ENDLESS[0])

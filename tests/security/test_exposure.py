@@ -1,5 +1,6 @@
 """What is reachable from elsewhere is protected, or the service does not start."""
 
+import argparse
 import logging
 import os
 import socket
@@ -14,6 +15,7 @@ from executor_service.server import serve as serve_executor
 from executor_service.settings import ExecutorSettings
 from nanovllm.access import Access
 from nanovllm.channel import is_local
+from nanovllm.cli.connection import ClientArguments, add_connection, client_arguments
 from nanovllm.service_settings import StartupError, bind
 from nanovllm.tls import TlsConfig
 from scheduler_service.security import Security
@@ -149,3 +151,42 @@ def test_a_client_does_not_send_its_token_in_plaintext_over_a_network(pki: Pki):
 def test_a_token_that_is_no_header_is_refused_at_once(token: str):
     with pytest.raises(ValueError, match="printable ASCII"):
         Access(token)
+
+
+def connection(*arguments: str) -> ClientArguments:
+    """What a command makes of its options and the environment."""
+    parser = argparse.ArgumentParser()
+    add_connection(parser)
+    return client_arguments(parser.parse_args(arguments))
+
+
+@pytest.mark.parametrize(
+    ("text", "is_on"), [("true", True), ("1", True), ("false", False), ("0", False), ("", False)]
+)
+def test_a_switch_in_the_environment_means_what_it_says(
+    text: str, is_on: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("NANOVLLM_INSECURE", text)
+    monkeypatch.setenv("NANOVLLM_TLS", text)
+    arguments = connection()
+    assert arguments["insecure"] is is_on
+    assert (arguments["tls"] is not None) is is_on
+    assert connection("--insecure")["insecure"]
+
+
+def test_a_switch_that_says_neither_yes_nor_no_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("NANOVLLM_INSECURE", "maybe")
+    with pytest.raises(ValueError, match=r"\$NANOVLLM_INSECURE is 'maybe'; set it to true or"):
+        connection()
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"), [(b"", "is empty"), (b" \n", "is empty"), (b"\xff", "no UTF-8 text")]
+)
+def test_a_token_file_without_a_token_is_named(tmp_path: Path, content: bytes, problem: str):
+    path = tmp_path / "token"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=problem):
+        connection("--token-file", str(path))
+    path.write_text(f"{'t' * 32}\n")
+    assert connection("--token-file", str(path))["token"] == "t" * 32

@@ -100,6 +100,17 @@ def test_new_connections_get_a_renewed_certificate_and_a_broken_one_changes_noth
     assert certificate_of(address, pki) not in (first, second)
 
 
+def test_every_server_of_a_process_gets_the_renewed_certificate(serve: Serve, pki: Pki):
+    identity = pki.issue("127.0.0.1", file="server")
+    tls = ServerTls(identity.cert, identity.key)
+    addresses = [serve(tls), serve(tls)]
+    first = {certificate_of(address, pki) for address in addresses}
+    pki.issue("127.0.0.1", file="server")
+    second = {certificate_of(address, pki) for address in addresses}
+    assert len(first) == len(second) == 1
+    assert first != second
+
+
 def test_a_renewed_authority_decides_about_the_next_clients(serve: Serve, pki: Pki, tmp_path: Path):
     server, client = pki.issue("127.0.0.1"), pki.issue("client")
     newer = Pki(tmp_path / "newer")

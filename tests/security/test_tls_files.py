@@ -1,12 +1,10 @@
-"""Certificates and keys: what is wrong with them is said in one line, and changes are taken up."""
+"""Certificates and keys: what is wrong with them is said in one line."""
 
-import logging
-import os
 from pathlib import Path
 
 import pytest
 
-from nanovllm.tls import Reloading, ServerTls, TlsConfig, TlsError, read_authorities, read_identity
+from nanovllm.tls import ServerTls, TlsConfig, TlsError, read_authorities, read_identity
 from tests.security.pki import Pki
 
 
@@ -63,48 +61,3 @@ def test_a_key_is_not_written_to_any_folder(pki: Pki, tmp_path: Path):
     before = sorted(tmp_path.rglob("*"))
     read_identity(identity.cert, identity.key)
     assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_changed_files_are_loaded_once_and_broken_ones_not_at_all(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
-    path = tmp_path / "number"
-    path.write_text("1")
-    loads: list[str] = []
-
-    def load() -> int:
-        loads.append(path.read_text())
-        return int(loads[-1])
-
-    number = Reloading((path,), load)
-    assert number.get() == number.get() == 1
-    replace(path, "22")
-    assert number.get() == number.get() == 22
-    with caplog.at_level(logging.WARNING, logger="nanovllm.tls"):
-        replace(path, "broken")
-        assert number.get() == number.get() == 22
-    lines = [record for record in caplog.records if record.name == "nanovllm.tls"]
-    assert len(lines) == 1
-    assert "stays in use" in lines[0].getMessage()
-    replace(path, "3")
-    assert number.get() == 3
-    assert loads == ["1", "22", "broken", "3"]
-
-
-def test_a_file_that_vanishes_leaves_what_was_loaded_in_use(pki: Pki):
-    identity = pki.issue("server")
-    pair = Reloading(
-        (identity.cert, identity.key), lambda: read_identity(identity.cert, identity.key)
-    )
-    first = pair.get()
-    identity.key.unlink()
-    assert pair.get() is first
-    pki.issue("server")
-    assert pair.get() != first
-
-
-def replace(path: Path, text: str) -> None:
-    """As tools do that renew certificates: a new file takes the name."""
-    new = path.with_name("new")
-    new.write_text(text)
-    os.replace(new, path)
