@@ -59,7 +59,7 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
 
     @asynccontextmanager
     async def _logged(self, context: Context, reason: str, method: str) -> AsyncIterator[None]:
-        if True:
+        if self._budget.allows(reason):
             logger.warning(
                 "call without a known token",
                 extra=fields(

@@ -1,6 +1,7 @@
 """More work than the service can take, seen by its clients: refusals, deadlines, slow readers."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
@@ -14,6 +15,7 @@ from nanovllm.v1 import inference_pb2_grpc
 from scheduler_service.tokenizer import Tokenizer
 from tests.scheduler_service.engine_harness import NO_LIMITS
 from tests.scheduler_service.serving import (
+    LIMIT_S,
     Service,
     failure,
     read_all,
@@ -122,6 +124,36 @@ def test_text_that_would_wait_in_vain_is_refused_without_being_kept(serve, slow_
             for call in calls:
                 assert (await read_all(call))[-1].usage.completion_tokens == 9
             await until(lambda: encoder._pending_bytes == 0)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "chat",
+    [
+        pb.ChatMessages(messages=[pb.ChatMessage(role="user", content="a" * 1000)]),
+        pb.ChatMessages(messages=[pb.ChatMessage(role="a" * 1000, content="Hi")]),
+        pb.ChatMessages(
+            messages=[pb.ChatMessage(role="user", content="Hi")],
+            template_kwargs_json='{"x": "%s"}' % ("a" * 1000),
+        ),
+    ],
+    ids=["content", "role", "variables"],
+)
+def test_every_part_of_a_conversation_counts_as_waiting_text(
+    serve, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, chat: pb.ChatMessages
+):
+    go_on = threading.Event()
+    monkeypatch.setattr(tokenizer, "render_chat", lambda *_, **__: go_on.wait(LIMIT_S) and "a")
+
+    async def main() -> None:
+        async with serve(max_pending_bytes=1500) as service:
+            tokenize = service.stub.Tokenize(pb.TokenizeRequest(chat=chat))
+            await until(lambda: service.encoder._pending_bytes > 0)
+            error = await failure(service.stub.Tokenize(pb.TokenizeRequest(chat=chat)))
+            assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            go_on.set()
+            await tokenize
 
     asyncio.run(main())
 

@@ -1,0 +1,1 @@
+"""Runnable examples of every kind of client; docs/clients.md explains them."""

@@ -1,0 +1,69 @@
+"""How busy the engine is, for balancing over several."""
+
+import time
+from datetime import UTC, datetime
+
+from smg_grpc_proto.generated import vllm_engine_pb2
+
+from scheduler_service.metrics import SchedulerMetrics
+from scheduler_service.product_version import product_version
+from scheduler_service.scheduler import Scheduler
+
+# Polls that come closer together than this share a measurement.
+_MIN_WINDOW_S = 0.5
+
+
+class LoadReport:
+    """Reads the scheduler; the throughput is that between one poll and the next."""
+
+    def __init__(self, scheduler: Scheduler, metrics: SchedulerMetrics) -> None:
+        self._scheduler = scheduler
+        self._generated_tokens = metrics.counts["generation_tokens"]
+        self._tokens_per_s = 0.0
+        self._measured_s = time.monotonic()
+        self._num_tokens = self._count_tokens()
+
+    def read(self) -> vllm_engine_pb2.GetLoadsResponse:
+        """The load now, of one rank."""
+        self._measure(time.monotonic())
+        return vllm_engine_pb2.GetLoadsResponse(
+            timestamp=datetime.now(UTC).isoformat(),
+            version=product_version(),
+            dp_rank_count=1,
+            loads=[self._load()],
+        )
+
+    def _load(self) -> vllm_engine_pb2.SchedulerLoad:
+        scheduler = self._scheduler
+        capacity, blocks, stats = scheduler.capacity, scheduler.blocks, scheduler.stats
+        load = vllm_engine_pb2.SchedulerLoad(
+            num_running_reqs=scheduler.num_running,
+            num_waiting_reqs=scheduler.num_waiting,
+            num_total_reqs=scheduler.num_running + scheduler.num_waiting,
+            gen_throughput=self._tokens_per_s,
+            cache_hit_rate=stats.prefix_hit_tokens / max(1, stats.prefix_queried_tokens),
+            # What of it is cached shows when it is admitted.
+            num_waiting_uncached_tokens=scheduler.num_waiting_prompt_tokens,
+        )
+        if capacity is not None and blocks is not None:
+            load.num_used_tokens = blocks.num_owned * blocks.block_size
+            load.max_total_num_tokens = capacity.max_kv_tokens
+            load.token_usage = scheduler.kv_usage_ratio
+            load.utilization = scheduler.num_running / capacity.max_num_seqs
+            load.max_running_requests = capacity.max_num_seqs
+        return load
+
+    def _measure(self, now_s: float) -> None:
+        elapsed_s = now_s - self._measured_s
+        if elapsed_s >= _MIN_WINDOW_S:
+            num_tokens = self._count_tokens()
+            self._tokens_per_s = (num_tokens - self._num_tokens) / elapsed_s
+            self._measured_s, self._num_tokens = now_s, num_tokens
+
+    def _count_tokens(self) -> float:
+        return sum(
+            sample.value
+            for family in self._generated_tokens.collect()
+            for sample in family.samples
+            if sample.name.endswith("_total")
+        )
