@@ -42,7 +42,8 @@ class CallRecord:
     caller: Caller
     # As the client gave it; whatever it may be.
     request_id: str
-    metadata: Metadata = ()
+    # May hold the caller's token, which must not get into a log with the record.
+    metadata: Metadata = field(default=(), repr=False)
     # Full name of the gRPC method.
     method: str = GENERATE
     # Whether traces want to know what happens to the sequences.

@@ -45,9 +45,8 @@ class PromptEncoder:
                 )
             case ChatPrompt():
                 field = "chat"
-                num_bytes = sum(sys.getsizeof(turn.content) for turn in prompt.turns)
                 token_ids = await self._run(
-                    num_bytes, lambda: self._encode_chat(prompt, max_tokens)
+                    _num_bytes(prompt), lambda: self._encode_chat(prompt, max_tokens)
                 )
         if not token_ids:
             raise InvalidFieldError(field, "the prompt has no tokens")
@@ -114,6 +113,12 @@ class PromptEncoder:
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+
+def _num_bytes(prompt: ChatPrompt) -> int:
+    """What a conversation takes up; every part of it is as long as its caller likes."""
+    turns = sum(sys.getsizeof(turn.role) + sys.getsizeof(turn.content) for turn in prompt.turns)
+    return turns + sys.getsizeof(prompt.template_kwargs_json)
 
 
 def _too_long(field: str, finding: str, max_tokens: int) -> InvalidFieldError:

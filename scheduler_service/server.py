@@ -111,7 +111,7 @@ async def serve(settings: SchedulerSettings) -> None:
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     service_names = [_SERVICE, _HEALTH_SERVICE, reflection.SERVICE_NAME]
     if gateway_is_wanted(settings):
-        from scheduler_service.gateway.load import LoadReport
+        from scheduler_service.gateway.load import LoadReader
         from scheduler_service.gateway.servicer import VllmEngineServicer
 
         gateway = VllmEngineServicer(
@@ -119,7 +119,7 @@ async def serve(settings: SchedulerSettings) -> None:
             Intake(engine, encoder, metrics, security.tenancy),
             link,
             serving,
-            LoadReport(scheduler, metrics),
+            LoadReader(scheduler, metrics),
             directory,
             tenancy=security.tenancy,
             write_timeout_s=settings.write_timeout_s,

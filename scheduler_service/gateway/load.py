@@ -5,15 +5,15 @@ from datetime import UTC, datetime
 
 from smg_grpc_proto.generated import vllm_engine_pb2
 
+from nanovllm import __version__
 from scheduler_service.metrics import SchedulerMetrics
-from scheduler_service.product_version import product_version
 from scheduler_service.scheduler import Scheduler
 
 # Polls that come closer together than this share a measurement.
 _MIN_WINDOW_S = 0.5
 
 
-class LoadReport:
+class LoadReader:
     """Reads the scheduler; the throughput is that between one poll and the next."""
 
     def __init__(self, scheduler: Scheduler, metrics: SchedulerMetrics) -> None:
@@ -28,7 +28,7 @@ class LoadReport:
         self._measure(time.monotonic())
         return vllm_engine_pb2.GetLoadsResponse(
             timestamp=datetime.now(UTC).isoformat(),
-            version=product_version(),
+            version=__version__,
             dp_rank_count=1,
             loads=[self._load()],
         )

@@ -18,7 +18,7 @@ from scheduler_service.errors import InvalidFieldError, RequestError
 from scheduler_service.executor_link import ExecutorLink
 from scheduler_service.gateway.cache_events import CacheEvents
 from scheduler_service.gateway.errors import for_gateway
-from scheduler_service.gateway.load import LoadReport
+from scheduler_service.gateway.load import LoadReader
 from scheduler_service.gateway.responses import StreamedResponses, WholeResponses
 from scheduler_service.gateway.tokenizer_archive import TokenizerArchive
 from scheduler_service.gateway.translation import translate
@@ -43,7 +43,7 @@ class VllmEngineServicer(vllm_engine_pb2_grpc.VllmEngineServicer):
         intake: Intake,
         link: ExecutorLink,
         serving: ServingState,
-        load: LoadReport,
+        load: LoadReader,
         directory: Path,
         *,
         tenancy: Tenancy | None = None,

@@ -11,7 +11,7 @@ import grpc
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 from smg_grpc_proto.generated import vllm_engine_pb2_grpc
 
-from scheduler_service.gateway.load import LoadReport
+from scheduler_service.gateway.load import LoadReader
 from scheduler_service.gateway.servicer import VllmEngineServicer
 from scheduler_service.intake import Intake
 from scheduler_service.prompt_encoder import PromptEncoder
@@ -57,7 +57,7 @@ async def gateway(
             Intake(harness.engine, encoder, harness.metrics, tenancy),
             SimpleNamespace(info=None),  # type: ignore[arg-type]
             serving,  # type: ignore[arg-type]
-            LoadReport(harness.scheduler, harness.metrics),
+            LoadReader(harness.scheduler, harness.metrics),
             directory,
             tenancy=tenancy,
         ).add_to(server)
