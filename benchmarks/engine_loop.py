@@ -14,10 +14,10 @@ from scheduler_service.engine import Engine, EngineLimits
 from scheduler_service.live_request import LiveRequest
 from scheduler_service.model_spec import DefaultSampling, ModelSpec
 from scheduler_service.plan import FINISH_NONE, Plan, StepResult
-from scheduler_service.request_metrics import EngineMetrics
 from scheduler_service.scheduler import ExecutorCapacity, Scheduler
 from scheduler_service.sequence import SlotId, StepId
 from scheduler_service.settings import SchedulerSettings
+from scheduler_service.telemetry.request_metrics import EngineMetrics
 from scheduler_service.validation import TokenPrompt, validate_generate
 
 _BLOCK_SIZE = 16

@@ -18,12 +18,12 @@ from benchmarks.machine import describe_machine, machine_line
 from benchmarks.report import write_json
 from nanovllm.cli.options import positive_int
 from scheduler_service.completion import Completion
-from scheduler_service.metrics import SchedulerMetrics
-from scheduler_service.metrics.vllm import export_vllm_names
-from scheduler_service.request_metrics import EngineMetrics, RequestMetrics
 from scheduler_service.scheduler import Scheduler, SchedulerPolicy
 from scheduler_service.sequence import Sequence as TokenSequence
 from scheduler_service.sequence import SequenceId
+from scheduler_service.telemetry.metrics import SchedulerMetrics
+from scheduler_service.telemetry.metrics.vllm import export_vllm_names
+from scheduler_service.telemetry.request_metrics import EngineMetrics, RequestMetrics
 
 _RUNNING = (1, 64, 256)
 _TOKENS_PER_REPETITION = 50_000

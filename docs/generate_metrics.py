@@ -11,9 +11,9 @@ from prometheus_client.metrics_core import Metric
 
 from docs.tables import markdown_table
 from executor_service.metrics import ExecutorMetrics
-from scheduler_service.metrics import SchedulerMetrics, buckets, vllm
-from scheduler_service.metrics.scheduler_metrics import PREFIX
 from scheduler_service.scheduler import ExecutorCapacity, Scheduler, SchedulerPolicy
+from scheduler_service.telemetry.metrics import SchedulerMetrics, buckets, vllm
+from scheduler_service.telemetry.metrics.scheduler_metrics import PREFIX
 
 DOCUMENT = Path(__file__).with_name("metrics.md")
 

@@ -8,8 +8,8 @@ import grpc
 
 from nanovllm.logs import fields
 from nanovllm.v1 import admin_pb2, admin_pb2_grpc
+from scheduler_service.access.interception import Context
 from scheduler_service.engine import Engine
-from scheduler_service.interception import Context
 from scheduler_service.live_request import LiveRequest
 from scheduler_service.reservation import Reservation
 from scheduler_service.sequence import SequenceStatus

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass, field
 
-from scheduler_service.detokenizer import IncrementalDetokenizer, StopMatcher
 from scheduler_service.errors import InvalidFieldError
 from scheduler_service.history import History
 from scheduler_service.resume import ReceivedCompletion
 from scheduler_service.sequence import FinishReason, Sequence, TokenLogprobs
+from scheduler_service.text.detokenizer import IncrementalDetokenizer, StopMatcher
 
 # Most characters by which a client can be ahead of a replay of its tokens: an incomplete character
 # of at most four bytes at either end of what was held back.

@@ -26,11 +26,11 @@ from scheduler_service.lengths import SequenceLengths
 from scheduler_service.live_request import LiveRequest, RequestFactory
 from scheduler_service.model_spec import ModelSpec
 from scheduler_service.plan import Plan, StepResult
-from scheduler_service.request_metrics import EngineMetrics
 from scheduler_service.reservation import Reservation
 from scheduler_service.scheduler import ExecutorCapacity, Scheduler
 from scheduler_service.sequence import FinishReason, Sequence, SequenceId
-from scheduler_service.tokenizer import Tokenizer
+from scheduler_service.telemetry.request_metrics import EngineMetrics
+from scheduler_service.text.tokenizer import Tokenizer
 from scheduler_service.validation import GenerateSpec, RequestKey
 
 logger = logging.getLogger(__name__)

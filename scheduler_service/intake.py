@@ -6,13 +6,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from nanovllm.v1 import inference_pb2
-from scheduler_service.call_record import CallRecord
+from scheduler_service.access.tenancy import Tenancy
 from scheduler_service.engine import Engine
 from scheduler_service.errors import DeadlineError, RequestError
 from scheduler_service.live_request import LiveRequest
-from scheduler_service.metrics import SchedulerMetrics
-from scheduler_service.prompt_encoder import PromptEncoder
-from scheduler_service.tenancy import Tenancy
+from scheduler_service.telemetry.call_record import CallRecord
+from scheduler_service.telemetry.metrics import SchedulerMetrics
+from scheduler_service.text.prompt_encoder import PromptEncoder
 from scheduler_service.validation import RequestKey, validate_generate
 
 

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 
 from scheduler_service.admission import Ticket
 from scheduler_service.completion import Completion
-from scheduler_service.detokenizer import IncrementalDetokenizer, StopMatcher
 from scheduler_service.errors import RequestError
 from scheduler_service.history import History
 from scheduler_service.lengths import SequenceLengths
 from scheduler_service.reservation import Reservation
 from scheduler_service.resume import ResumeSpec
 from scheduler_service.sequence import Sequence, SequenceId
-from scheduler_service.tokenizer import Tokenizer
+from scheduler_service.text.detokenizer import IncrementalDetokenizer, StopMatcher
+from scheduler_service.text.tokenizer import Tokenizer
 from scheduler_service.validation import GenerateSpec, RequestKey
 
 

@@ -20,26 +20,26 @@ from nanovllm.service_settings import (
 )
 from nanovllm.stop_signals import StopSignals
 from nanovllm.v1 import admin_pb2_grpc, inference_pb2, inference_pb2_grpc
+from scheduler_service.access.security import Security
 from scheduler_service.admin import AdminServicer
 from scheduler_service.drain import drain
 from scheduler_service.engine import Engine, EngineLimits
-from scheduler_service.executor_link import ExecutorLink, LinkSettings
-from scheduler_service.executor_liveness import LivenessLimits
 from scheduler_service.intake import Intake
-from scheduler_service.loop_lag import watch_loop_lag
-from scheduler_service.metrics import SchedulerMetrics
-from scheduler_service.metrics.vllm import export_vllm_names
+from scheduler_service.link.executor_link import ExecutorLink, LinkSettings
+from scheduler_service.link.executor_liveness import LivenessLimits
 from scheduler_service.model_spec import ModelSpec, ModelSpecError
-from scheduler_service.prompt_encoder import PromptEncoder
-from scheduler_service.request_log import RequestLog
-from scheduler_service.request_metrics import RequestMetrics
-from scheduler_service.request_observer import RequestObserver, Tracer
 from scheduler_service.scheduler import Scheduler
-from scheduler_service.security import Security
 from scheduler_service.servicer import InferenceServicer
 from scheduler_service.serving_state import ServingState
 from scheduler_service.settings import SchedulerSettings
-from scheduler_service.tokenizer import Tokenizer
+from scheduler_service.telemetry.loop_lag import watch_loop_lag
+from scheduler_service.telemetry.metrics import SchedulerMetrics
+from scheduler_service.telemetry.metrics.vllm import export_vllm_names
+from scheduler_service.telemetry.request_log import RequestLog
+from scheduler_service.telemetry.request_metrics import RequestMetrics
+from scheduler_service.telemetry.request_observer import RequestObserver, Tracer
+from scheduler_service.text.prompt_encoder import PromptEncoder
+from scheduler_service.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -198,8 +198,8 @@ def start_tracing(settings: SchedulerSettings, model_name: str) -> Tracer | None
         return None
     try:
         # OpenTelemetry is an extra.
-        from scheduler_service.trace_export import otlp_provider
-        from scheduler_service.tracing import RequestTracer
+        from scheduler_service.telemetry.trace_export import otlp_provider
+        from scheduler_service.telemetry.tracing import RequestTracer
     except ModuleNotFoundError as error:
         raise StartupError(
             f"--otlp-endpoint needs {error.name}; install the extra: "

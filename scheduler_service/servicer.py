@@ -6,19 +6,19 @@ from typing import Any
 
 from nanovllm import __version__
 from nanovllm.v1 import inference_pb2, inference_pb2_grpc
+from scheduler_service.access.caller import caller_of
+from scheduler_service.access.tenancy import Tenancy
 from scheduler_service.answering import Context, fail, reply, write
-from scheduler_service.caller import caller_of
 from scheduler_service.completion import Delta
 from scheduler_service.engine import Engine
 from scheduler_service.errors import InvalidFieldError, RequestError
-from scheduler_service.executor_link import ExecutorLink
 from scheduler_service.intake import Intake
+from scheduler_service.link.executor_link import ExecutorLink
 from scheduler_service.live_request import LiveRequest
-from scheduler_service.metrics import SchedulerMetrics
-from scheduler_service.prompt_encoder import PromptEncoder
-from scheduler_service.request_observer import RequestObserver
 from scheduler_service.sequence import FinishReason
-from scheduler_service.tenancy import Tenancy
+from scheduler_service.telemetry.metrics import SchedulerMetrics
+from scheduler_service.telemetry.request_observer import RequestObserver
+from scheduler_service.text.prompt_encoder import PromptEncoder
 from scheduler_service.validation import (
     Prompt,
     TextPrompt,

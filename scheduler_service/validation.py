@@ -13,7 +13,7 @@ from scheduler_service.model_spec import ModelSpec
 from scheduler_service.ranges import INT32_MAX, SAMPLING_RANGES, Range
 from scheduler_service.resume import ResumeSpec, validate_resume
 from scheduler_service.sequence import SlotSampling
-from scheduler_service.tokenizer import ChatTurn
+from scheduler_service.text.tokenizer import ChatTurn
 
 MAX_N = 64
 MAX_REQUEST_ID_CHARS = 128

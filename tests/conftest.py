@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from scheduler_service.tokenizer import Tokenizer
+    from scheduler_service.text.tokenizer import Tokenizer
 
 # Before torch is imported, here and in child processes. The models are tiny, and the threads of
 # several processes would spend their time waiting for each other on a machine with few cores.
@@ -26,6 +26,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(checkpoint: Path) -> "Tokenizer":
     """The tokenizer of that directory."""
-    from scheduler_service.tokenizer import Tokenizer
+    from scheduler_service.text.tokenizer import Tokenizer
 
     return Tokenizer(checkpoint)

@@ -30,12 +30,12 @@ PURE = {
     "scheduler_service/block_manager.py",
     "scheduler_service/waiting_queue.py",
     "scheduler_service/sequence.py",
-    "scheduler_service/detokenizer.py",
+    "scheduler_service/text/detokenizer.py",
     "scheduler_service/completion.py",
     "scheduler_service/queue_wait.py",
-    "scheduler_service/executor_liveness.py",
-    "scheduler_service/result_order.py",
-    "scheduler_service/round_trips.py",
+    "scheduler_service/link/executor_liveness.py",
+    "scheduler_service/link/result_order.py",
+    "scheduler_service/link/round_trips.py",
 }
 IMPURE_MODULES = {"asyncio", "grpc", "logging", "os", "random", "socket", "threading", "time"}
 
@@ -101,7 +101,7 @@ def test_importing_every_module_of_scheduler_or_client_does_not_load_torch(packa
 def test_tokenizing_and_rendering_a_chat_does_not_load_torch(tmp_path: Path):
     program = f"""
 from pathlib import Path
-from scheduler_service.tokenizer import ChatTurn, Tokenizer
+from scheduler_service.text.tokenizer import ChatTurn, Tokenizer
 tokenizer = Tokenizer(Path({str(make_checkpoint(tmp_path))!r}))
 turns = [ChatTurn("user", "Hi")]
 text = tokenizer.render_chat(turns, add_generation_prompt=True, template_kwargs_json="")

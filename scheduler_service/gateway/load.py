@@ -6,8 +6,8 @@ from datetime import UTC, datetime
 from smg_grpc_proto.generated import vllm_engine_pb2
 
 from nanovllm import __version__
-from scheduler_service.metrics import SchedulerMetrics
 from scheduler_service.scheduler import Scheduler
+from scheduler_service.telemetry.metrics import SchedulerMetrics
 
 # Polls that come closer together than this share a measurement.
 _MIN_WINDOW_S = 0.5

@@ -11,11 +11,11 @@ from pathlib import Path
 import grpc
 from smg_grpc_proto.generated import common_pb2, vllm_engine_pb2, vllm_engine_pb2_grpc
 
+from scheduler_service.access.caller import caller_of
+from scheduler_service.access.tenancy import Tenancy
 from scheduler_service.answering import Context, fail, reply, write
-from scheduler_service.caller import caller_of
 from scheduler_service.engine import Engine
 from scheduler_service.errors import InvalidFieldError, RequestError
-from scheduler_service.executor_link import ExecutorLink
 from scheduler_service.gateway.cache_events import CacheEvents
 from scheduler_service.gateway.errors import for_gateway
 from scheduler_service.gateway.load import LoadReader
@@ -23,9 +23,9 @@ from scheduler_service.gateway.responses import StreamedResponses, WholeResponse
 from scheduler_service.gateway.tokenizer_archive import TokenizerArchive
 from scheduler_service.gateway.translation import translate
 from scheduler_service.intake import Intake
-from scheduler_service.request_observer import RequestObserver
+from scheduler_service.link.executor_link import ExecutorLink
 from scheduler_service.serving_state import ServingState
-from scheduler_service.tenancy import Tenancy
+from scheduler_service.telemetry.request_observer import RequestObserver
 
 _SERVICE_NAME: str = vllm_engine_pb2.DESCRIPTOR.services_by_name["VllmEngine"].full_name
 

@@ -22,7 +22,7 @@ from nanovllm.v1 import executor_pb2 as pb
 from nanovllm.wire import WireError
 from scheduler_service.plan import Plan, decode_step_result, encode_plan
 from scheduler_service.scheduler import ExecutorProtocolError
-from scheduler_service.tokenizer import Tokenizer
+from scheduler_service.text.tokenizer import Tokenizer
 from tests.executor_service.plans import admit
 from tests.fuzz.messages import mutated, random_int32s, random_message
 from tests.scheduler_service.engine_harness import EngineHarness

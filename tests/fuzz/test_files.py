@@ -21,7 +21,7 @@ from nanovllm_core.config import ModelConfig
 from nanovllm_core.config_reader import ModelConfigError
 from nanovllm_core.loader import CheckpointError, load_model
 from scheduler_service.model_spec import ModelSpec, ModelSpecError
-from scheduler_service.tokenizer import Tokenizer
+from scheduler_service.text.tokenizer import Tokenizer
 from tests.fuzz.files import (
     JSON_VALUES,
     join_safetensors,

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanovllm.v1 import inference_pb2 as pb
-from scheduler_service.tokenizer import Tokenizer
+from scheduler_service.text.tokenizer import Tokenizer
 from tests.fuzz.messages import PROPER, mutated, random_message, random_request
 from tests.scheduler_service.serving import Service, served
 

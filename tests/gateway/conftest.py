@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from scheduler_service.tokenizer import Tokenizer
+from scheduler_service.text.tokenizer import Tokenizer
 from tests.gateway.serving import Gateway, gateway
 
 Serve = Callable[..., None]

@@ -11,13 +11,13 @@ import grpc
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 from smg_grpc_proto.generated import vllm_engine_pb2_grpc
 
+from scheduler_service.access.security import Security
+from scheduler_service.access.tenancy import Tenancy
 from scheduler_service.gateway.load import LoadReader
 from scheduler_service.gateway.servicer import VllmEngineServicer
 from scheduler_service.intake import Intake
-from scheduler_service.prompt_encoder import PromptEncoder
-from scheduler_service.security import Security
-from scheduler_service.tenancy import Tenancy
-from scheduler_service.tokenizer import Tokenizer
+from scheduler_service.text.prompt_encoder import PromptEncoder
+from scheduler_service.text.tokenizer import Tokenizer
 from tests.scheduler_service.engine_harness import EngineHarness
 from tests.scheduler_service.serving import Service, served
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
-from scheduler_service.tokenizer import Tokenizer
+from scheduler_service.text.tokenizer import Tokenizer
 from tests.scheduler_service.serving import LIMIT_S
 
 # The machine may be busy; how long an example takes says nothing here.

@@ -9,12 +9,12 @@ from scheduler_service.admission import AdmissionLimits
 from scheduler_service.completion import Delta
 from scheduler_service.engine import Engine, EngineLimits
 from scheduler_service.live_request import LiveRequest
-from scheduler_service.metrics import SchedulerMetrics
 from scheduler_service.model_spec import DefaultSampling, ModelSpec
 from scheduler_service.plan import Plan, StepResult
-from scheduler_service.request_metrics import RequestMetrics
 from scheduler_service.scheduler import ExecutorCapacity, Scheduler, SchedulerPolicy
-from scheduler_service.tokenizer import Tokenizer
+from scheduler_service.telemetry.metrics import SchedulerMetrics
+from scheduler_service.telemetry.request_metrics import RequestMetrics
+from scheduler_service.text.tokenizer import Tokenizer
 from scheduler_service.validation import TokenPrompt, validate_generate
 from tests.scheduler.simulated_executor import SimulatedExecutor
 

@@ -14,11 +14,11 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from nanovllm.v1 import inference_pb2, inference_pb2_grpc
-from scheduler_service.interception import ErrorGuard
-from scheduler_service.prompt_encoder import PromptEncoder
-from scheduler_service.security import Security
+from scheduler_service.access.interception import ErrorGuard
+from scheduler_service.access.security import Security
 from scheduler_service.servicer import InferenceServicer
-from scheduler_service.tokenizer import Tokenizer
+from scheduler_service.text.prompt_encoder import PromptEncoder
+from scheduler_service.text.tokenizer import Tokenizer
 from tests.scheduler_service.engine_harness import EngineHarness, settle
 
 LIMIT_S = 30

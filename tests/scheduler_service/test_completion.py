@@ -1,8 +1,8 @@
 """Deltas of one completion, whenever the client is ready for them."""
 
 from scheduler_service.completion import Completion, Delta
-from scheduler_service.detokenizer import IncrementalDetokenizer, StopMatcher
 from scheduler_service.sequence import FinishReason, Sequence, SequenceStatus, TokenLogprobs
+from scheduler_service.text.detokenizer import IncrementalDetokenizer, StopMatcher
 
 PROMPT = list(b"prompt")
 

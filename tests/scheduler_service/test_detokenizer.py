@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
-from scheduler_service.detokenizer import IncrementalDetokenizer
+from scheduler_service.text.detokenizer import IncrementalDetokenizer
 
 REPLACEMENT = "\ufffd"
 # Characters of one to four bytes.

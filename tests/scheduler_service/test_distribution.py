@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from scheduler_service.metrics.distribution import Distribution, HistogramView
+from scheduler_service.telemetry.metrics.distribution import Distribution, HistogramView
 
 LABELS = {"model_name": "tiny"}
 

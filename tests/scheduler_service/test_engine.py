@@ -17,7 +17,7 @@ from scheduler_service.errors import (
 from scheduler_service.plan import StepResult, encode_plan
 from scheduler_service.scheduler import ExecutorProtocolError
 from scheduler_service.sequence import FinishReason
-from scheduler_service.tokenizer import Tokenizer
+from scheduler_service.text.tokenizer import Tokenizer
 from tests.scheduler.simulated_executor import expected_output
 from tests.scheduler_service.engine_harness import CAPACITY, EngineHarness, ids_of, text_of
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from scheduler_service.errors import ExecutorFailedError, NeverFitsError, NoExecutorError
-from scheduler_service.tokenizer import Tokenizer
+from scheduler_service.text.tokenizer import Tokenizer
 from tests.scheduler.simulated_executor import expected_output
 from tests.scheduler_service.engine_harness import CAPACITY, EngineHarness, ids_of, settle
 

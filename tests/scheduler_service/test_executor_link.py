@@ -13,13 +13,13 @@ import pytest
 from nanovllm.service_settings import EXECUTOR_SERVER_OPTIONS
 from nanovllm.v1 import executor_pb2, executor_pb2_grpc
 from nanovllm.wire import pack_int32
-from scheduler_service import executor_link
-from scheduler_service.executor_link import ExecutorLink, LinkSettings, SessionEndedError
-from scheduler_service.executor_liveness import LivenessLimits
-from scheduler_service.metrics import SchedulerMetrics
+from scheduler_service.link import executor_link
+from scheduler_service.link.executor_link import ExecutorLink, LinkSettings, SessionEndedError
+from scheduler_service.link.executor_liveness import LivenessLimits
 from scheduler_service.plan import Admit, Plan, StepResult
 from scheduler_service.scheduler import ExecutorCapacity, Scheduler, SchedulerPolicy
 from scheduler_service.sequence import SlotSampling
+from scheduler_service.telemetry.metrics import SchedulerMetrics
 
 FINGERPRINT = "a" * 64
 Script = Callable[["ScriptedExecutor", AsyncIterator, grpc.aio.ServicerContext], AsyncIterator]

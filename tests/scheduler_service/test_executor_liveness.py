@@ -4,7 +4,7 @@ from itertools import count, takewhile
 
 import pytest
 
-from scheduler_service.executor_liveness import ExecutorLiveness, LivenessLimits
+from scheduler_service.link.executor_liveness import ExecutorLiveness, LivenessLimits
 
 LIMITS = LivenessLimits(silence_timeout_s=5.0, stall_timeout_s=60.0)
 

@@ -8,13 +8,13 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from scheduler_service.completion import Completion
-from scheduler_service.loop_lag import watch_loop_lag
-from scheduler_service.metrics import SchedulerMetrics
-from scheduler_service.request_metrics import RequestMetrics
-from scheduler_service.round_trips import RoundTrips
+from scheduler_service.link.round_trips import RoundTrips
 from scheduler_service.scheduler import ExecutorCapacity, Scheduler, SchedulerPolicy
 from scheduler_service.sequence import Sequence, SequenceId
-from scheduler_service.tokenizer import Tokenizer
+from scheduler_service.telemetry.loop_lag import watch_loop_lag
+from scheduler_service.telemetry.metrics import SchedulerMetrics
+from scheduler_service.telemetry.request_metrics import RequestMetrics
+from scheduler_service.text.tokenizer import Tokenizer
 from tests.scheduler_service.engine_harness import CAPACITY, EngineHarness, settle
 
 LABEL = {"model_name": "tiny"}

@@ -12,7 +12,7 @@ import pytest
 
 from nanovllm.v1 import inference_pb2 as pb
 from nanovllm.v1 import inference_pb2_grpc
-from scheduler_service.tokenizer import Tokenizer
+from scheduler_service.text.tokenizer import Tokenizer
 from tests.scheduler_service.engine_harness import NO_LIMITS
 from tests.scheduler_service.serving import (
     LIMIT_S,

@@ -11,13 +11,13 @@ import pytest
 
 from nanovllm.logs import JsonFormatter
 from nanovllm.v1 import inference_pb2 as pb
-from scheduler_service import log_budget, request_log
-from scheduler_service.call_record import MAX_LOGGED_CHARS, CallRecord, OutputTexts
 from scheduler_service.completion import Delta
 from scheduler_service.errors import InvalidFieldError, NoExecutorError, QueueFullError
-from scheduler_service.request_log import RequestLog
-from scheduler_service.request_observer import RequestObserver
-from scheduler_service.tokenizer import Tokenizer
+from scheduler_service.telemetry import log_budget, request_log
+from scheduler_service.telemetry.call_record import MAX_LOGGED_CHARS, CallRecord, OutputTexts
+from scheduler_service.telemetry.request_log import RequestLog
+from scheduler_service.telemetry.request_observer import RequestObserver
+from scheduler_service.text.tokenizer import Tokenizer
 from scheduler_service.validation import validate_generate
 from tests.scheduler_service.engine_harness import MODEL, EngineHarness, settle
 
@@ -274,7 +274,7 @@ def test_what_is_shown_of_a_prompt_is_bounded(log, lines, prompt: dict):
 
 
 def test_what_is_shown_of_outputs_is_bounded_together(log, lines, monkeypatch):
-    monkeypatch.setattr("scheduler_service.call_record.MAX_LOGGED_CHARS", 10)
+    monkeypatch.setattr("scheduler_service.telemetry.call_record.MAX_LOGGED_CHARS", 10)
 
     async def scenario(h: Logged) -> None:
         await h.harness.finish(h.call(text(), max_tokens=50, n=2))

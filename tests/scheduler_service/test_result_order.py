@@ -2,8 +2,8 @@
 
 import pytest
 
+from scheduler_service.link.result_order import ResultOrder, ResultOrderError
 from scheduler_service.plan import StepResult
-from scheduler_service.result_order import ResultOrder, ResultOrderError
 
 
 def result(iteration: int, applied_step_id: int, slots: int = 1) -> StepResult:

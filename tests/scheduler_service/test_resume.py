@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from nanovllm.v1 import inference_pb2 as pb
 from scheduler_service.completion import Completion, Delta
-from scheduler_service.detokenizer import IncrementalDetokenizer, StopMatcher
 from scheduler_service.errors import (
     DuplicateRequestError,
     InvalidFieldError,
@@ -21,7 +20,8 @@ from scheduler_service.errors import (
 )
 from scheduler_service.resume import ReceivedCompletion, ResumeSpec, validate_resume
 from scheduler_service.sequence import FinishReason, Sequence, SequenceId, SequenceStatus
-from scheduler_service.tokenizer import Tokenizer
+from scheduler_service.text.detokenizer import IncrementalDetokenizer, StopMatcher
+from scheduler_service.text.tokenizer import Tokenizer
 from tests.scheduler.simulated_executor import expected_output
 from tests.scheduler_service.engine_harness import MODEL, EngineHarness, ids_of, settle, text_of
 

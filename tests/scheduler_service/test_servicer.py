@@ -10,7 +10,7 @@ from google.rpc import error_details_pb2
 
 from nanovllm.v1 import executor_pb2
 from nanovllm.v1 import inference_pb2 as pb
-from scheduler_service.tokenizer import Tokenizer
+from scheduler_service.text.tokenizer import Tokenizer
 from scheduler_service.validation import RequestKey
 from tests.scheduler.simulated_executor import expected_output
 from tests.scheduler_service.engine_harness import CAPACITY, MODEL

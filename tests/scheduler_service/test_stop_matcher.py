@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler_service.detokenizer import StopMatcher
+from scheduler_service.text.detokenizer import StopMatcher
 
 # Few letters, so that stop strings overlap each other and the text.
 TEXT = st.text("abc", max_size=24)

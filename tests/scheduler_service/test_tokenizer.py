@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler_service.chat_template import ChatRenderer
 from scheduler_service.errors import InvalidFieldError
 from scheduler_service.model_spec import ModelSpecError
-from scheduler_service.prompt_encoder import PromptEncoder
-from scheduler_service.tokenizer import ChatTurn, Tokenizer
+from scheduler_service.text.chat_template import ChatRenderer
+from scheduler_service.text.prompt_encoder import PromptEncoder
+from scheduler_service.text.tokenizer import ChatTurn, Tokenizer
 from scheduler_service.validation import ChatPrompt, Prompt, TextPrompt, TokenPrompt
 
 TURNS = (ChatTurn("system", "Be brief."), ChatTurn("user", "Hi"))

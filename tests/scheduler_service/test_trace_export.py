@@ -11,13 +11,13 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 
 from nanovllm.service_settings import StartupError
-from scheduler_service import tracing
-from scheduler_service.call_record import CallRecord
-from scheduler_service.caller import Caller
+from scheduler_service.access.caller import Caller
 from scheduler_service.server import start_tracing
 from scheduler_service.settings import SchedulerSettings
-from scheduler_service.trace_export import otlp_provider
-from scheduler_service.tracing import RequestTracer
+from scheduler_service.telemetry import tracing
+from scheduler_service.telemetry.call_record import CallRecord
+from scheduler_service.telemetry.trace_export import otlp_provider
+from scheduler_service.telemetry.tracing import RequestTracer
 
 ENDPOINT = "http://127.0.0.1:1"
 
@@ -48,7 +48,7 @@ def test_without_an_endpoint_there_are_no_traces():
 def test_a_missing_extra_is_named_with_the_command_that_installs_it(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.delitem(sys.modules, "scheduler_service.trace_export", raising=False)
+    monkeypatch.delitem(sys.modules, "scheduler_service.telemetry.trace_export", raising=False)
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     settings = SchedulerSettings.from_arguments(["--otlp-endpoint", ENDPOINT])
     with pytest.raises(StartupError, match=r"pip install 'nanovllm-grpc\[tracing\]'"):

@@ -14,11 +14,11 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, Sampler
 from opentelemetry.trace import SpanKind, StatusCode
 
 from nanovllm.v1 import inference_pb2 as pb
-from scheduler_service.call_record import CallRecord
 from scheduler_service.errors import InvalidFieldError, QueueFullError
-from scheduler_service.request_observer import RequestObserver
-from scheduler_service.tokenizer import Tokenizer
-from scheduler_service.tracing import RequestTracer
+from scheduler_service.telemetry.call_record import CallRecord
+from scheduler_service.telemetry.request_observer import RequestObserver
+from scheduler_service.telemetry.tracing import RequestTracer
+from scheduler_service.text.tokenizer import Tokenizer
 from scheduler_service.validation import validate_generate
 from tests.scheduler_service.engine_harness import CAPACITY, MODEL, EngineHarness, settle
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from nanovllm.v1 import inference_pb2 as pb
 from scheduler_service.errors import InvalidFieldError
 from scheduler_service.model_spec import DefaultSampling, ModelSpec
-from scheduler_service.tokenizer import ChatTurn
+from scheduler_service.text.tokenizer import ChatTurn
 from scheduler_service.validation import (
     ChatPrompt,
     GenerateSpec,

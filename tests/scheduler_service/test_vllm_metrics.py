@@ -7,10 +7,10 @@ from prometheus_client import generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from scheduler_service.metrics import SchedulerMetrics
-from scheduler_service.metrics.vllm import export_vllm_names, one_two_five
 from scheduler_service.scheduler import ExecutorCapacity, Scheduler, SchedulerPolicy
 from scheduler_service.sequence import FinishReason
+from scheduler_service.telemetry.metrics import SchedulerMetrics
+from scheduler_service.telemetry.metrics.vllm import export_vllm_names, one_two_five
 
 LABELS = {"model_name": "tiny", "engine": "0"}
 #: What the dashboards in vLLM's examples/observability query, and what gateways read.

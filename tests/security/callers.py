@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from nanovllm.v1 import inference_pb2 as pb
-from scheduler_service.security import Security
+from scheduler_service.access.security import Security
 from scheduler_service.settings import SchedulerSettings
 
 ALICE, BOB = "a" * 32, "b" * 32

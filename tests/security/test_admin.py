@@ -16,11 +16,11 @@ from nanovllm.cli.admin import format_state
 from nanovllm.errors import AuthenticationError, InvalidRequestError
 from nanovllm.v1 import admin_pb2_grpc
 from nanovllm.v1 import inference_pb2 as pb
+from scheduler_service.access.security import Security
 from scheduler_service.admin import AdminServicer
-from scheduler_service.security import Security
 from scheduler_service.serving_state import ServingState
 from scheduler_service.settings import SchedulerSettings
-from scheduler_service.tokenizer import Tokenizer
+from scheduler_service.text.tokenizer import Tokenizer
 from tests.scheduler_service.serving import (
     Service,
     failure,

@@ -13,11 +13,12 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_g
 
 from nanovllm import AsyncClient, AuthenticationError, Client
 from nanovllm.v1 import inference_pb2 as pb
-from scheduler_service import auth, log_budget
-from scheduler_service.caller import Caller, authenticated_by_token, caller_of
-from scheduler_service.security import Security
-from scheduler_service.tenancy import Tenancy
-from scheduler_service.tokenizer import Tokenizer
+from scheduler_service.access import auth
+from scheduler_service.access.caller import Caller, authenticated_by_token, caller_of
+from scheduler_service.access.security import Security
+from scheduler_service.access.tenancy import Tenancy
+from scheduler_service.telemetry import log_budget
+from scheduler_service.text.tokenizer import Tokenizer
 from tests.scheduler_service.serving import Service, failure, read_all, served, until
 from tests.security.callers import ALICE, BOB, bearer, request, with_tokens
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from scheduler_service.chat_template import ChatRenderer, TemplateError
 from scheduler_service.errors import InvalidFieldError
 from scheduler_service.model_spec import ModelSpecError
-from scheduler_service.template_worker import MAX_RENDERED_CHARS
-from scheduler_service.tokenizer import (
+from scheduler_service.text.chat_template import ChatRenderer, TemplateError
+from scheduler_service.text.template_worker import MAX_RENDERED_CHARS
+from scheduler_service.text.tokenizer import (
     MAX_TEMPLATE_CHARS,
     MAX_TEMPLATE_KWARGS_BYTES,
     MAX_TEMPLATE_KWARGS_DEPTH,

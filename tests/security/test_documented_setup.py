@@ -10,9 +10,9 @@ import pytest
 
 from executor_service.settings import ExecutorSettings
 from nanovllm.service_settings import ServiceSettings, server_tls
-from scheduler_service.security import Security
+from scheduler_service.access.security import Security
+from scheduler_service.access.tokens_file import TokensFile
 from scheduler_service.settings import SchedulerSettings
-from scheduler_service.tokens_file import TokensFile
 
 DOCUMENT = (Path(__file__).parents[2] / "docs/security.md").read_text(encoding="utf-8")
 CERTIFICATES, SERVICES, TOKENS = re.findall(r"^```sh\n(.*?)^```$", DOCUMENT, re.M | re.S)[:3]

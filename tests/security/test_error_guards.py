@@ -13,7 +13,7 @@ import pytest
 
 from executor_service.error_guard import ErrorGuard as ExecutorErrorGuard
 from nanovllm.v1 import inference_pb2 as pb
-from scheduler_service.interception import ErrorGuard, refusal
+from scheduler_service.access.interception import ErrorGuard, refusal
 
 SECRET = "/srv/models/private"
 KINDS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")

@@ -18,7 +18,7 @@ from nanovllm.channel import is_local
 from nanovllm.cli.connection import ClientArguments, add_connection, client_arguments
 from nanovllm.service_settings import StartupError, bind
 from nanovllm.tls import TlsConfig
-from scheduler_service.security import Security
+from scheduler_service.access.security import Security
 from scheduler_service.settings import SchedulerSettings
 from tests.security.pki import Identity, Pki
 

@@ -14,7 +14,7 @@ from nanovllm.service_settings import (
     SERVER_OPTIONS,
 )
 from nanovllm.v1 import inference_pb2 as pb
-from scheduler_service.tokenizer import Tokenizer
+from scheduler_service.text.tokenizer import Tokenizer
 from tests.scheduler_service.serving import Service, failure, served
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from scheduler_service.tokens_file import TokensFile, TokensFileError
+from scheduler_service.access.tokens_file import TokensFile, TokensFileError
 
 ALICE = "a" * 32
 BOB = "b" * 40

@@ -8,9 +8,9 @@ from typing import Any
 
 from tokenizers import Tokenizer as RustTokenizer
 
-from scheduler_service.chat_template import ChatRenderer, TemplateError
 from scheduler_service.errors import InvalidFieldError
 from scheduler_service.model_spec import ModelSpecError
+from scheduler_service.text.chat_template import ChatRenderer, TemplateError
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,9 @@ buckets are those of PrometheusStatLogger in vLLM's vllm/v1/metrics/loggers.py, 
 """
 
 from nanovllm.service_metrics import Relabelled
-from scheduler_service.metrics.distribution import HistogramView
-from scheduler_service.metrics.scheduler_metrics import PREFIX, SchedulerMetrics
-from scheduler_service.metrics.state import CacheConfig
+from scheduler_service.telemetry.metrics.distribution import HistogramView
+from scheduler_service.telemetry.metrics.scheduler_metrics import PREFIX, SchedulerMetrics
+from scheduler_service.telemetry.metrics.state import CacheConfig
 
 VLLM_PREFIX = "vllm:"
 # vLLM numbers the engines of one server; this server has one.

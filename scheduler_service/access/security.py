@@ -9,11 +9,11 @@ from grpc_health.v1 import health_pb2
 
 from nanovllm.service_settings import StartupError, check_exposure, server_tls
 from nanovllm.tls import ClientTls, ServerTls, TlsConfig, TlsError
-from scheduler_service.auth import TokenInterceptor
-from scheduler_service.interception import ErrorGuard
+from scheduler_service.access.auth import TokenInterceptor
+from scheduler_service.access.interception import ErrorGuard
+from scheduler_service.access.tenancy import Tenancy
+from scheduler_service.access.tokens_file import TokensFile, TokensFileError
 from scheduler_service.settings import SchedulerSettings
-from scheduler_service.tenancy import Tenancy
-from scheduler_service.tokens_file import TokensFile, TokensFileError
 
 # Supervisors and load balancers have no token.
 _OPEN_SERVICES = (health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,)

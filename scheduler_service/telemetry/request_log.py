@@ -7,9 +7,9 @@ import logging
 from collections import Counter
 
 from nanovllm.logs import fields
-from scheduler_service.call_record import MAX_LOGGED_CHARS, CallRecord
 from scheduler_service.errors import InvalidFieldError
-from scheduler_service.log_budget import LogBudget
+from scheduler_service.telemetry.call_record import MAX_LOGGED_CHARS, CallRecord
+from scheduler_service.telemetry.log_budget import LogBudget
 from scheduler_service.validation import ChatPrompt, Prompt, TextPrompt
 
 logger = logging.getLogger(__name__)

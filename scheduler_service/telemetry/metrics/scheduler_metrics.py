@@ -7,12 +7,12 @@ from prometheus_client.registry import Collector
 
 from nanovllm.service_metrics import new_registry
 from scheduler_service.errors import RequestError
-from scheduler_service.metrics import buckets
-from scheduler_service.metrics.distribution import Distribution, HistogramView
-from scheduler_service.metrics.state import CacheConfig, KvBlocks, ReadCounter
+from scheduler_service.link.session_end import SessionEnd
 from scheduler_service.scheduler import Scheduler
 from scheduler_service.sequence import FinishReason
-from scheduler_service.session_end import SessionEnd
+from scheduler_service.telemetry.metrics import buckets
+from scheduler_service.telemetry.metrics.distribution import Distribution, HistogramView
+from scheduler_service.telemetry.metrics.state import CacheConfig, KvBlocks, ReadCounter
 
 PREFIX = "nanovllm_"
 

@@ -19,13 +19,13 @@ from nanovllm.tls import ClientTls
 from nanovllm.v1 import executor_pb2, executor_pb2_grpc
 from nanovllm.wire import WireError
 from scheduler_service.engine import Engine
-from scheduler_service.executor_liveness import ExecutorLiveness, LivenessLimits
-from scheduler_service.metrics import SchedulerMetrics
+from scheduler_service.link.executor_liveness import ExecutorLiveness, LivenessLimits
+from scheduler_service.link.result_order import ResultOrder, ResultOrderError
+from scheduler_service.link.round_trips import RoundTrips
+from scheduler_service.link.session_end import SessionEnd
 from scheduler_service.plan import Plan, decode_step_result, encode_plan
-from scheduler_service.result_order import ResultOrder, ResultOrderError
-from scheduler_service.round_trips import RoundTrips
 from scheduler_service.scheduler import ExecutorCapacity, ExecutorProtocolError
-from scheduler_service.session_end import SessionEnd
+from scheduler_service.telemetry.metrics import SchedulerMetrics
 
 logger = logging.getLogger(__name__)
 

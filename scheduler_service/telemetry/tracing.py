@@ -16,9 +16,9 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 from opentelemetry.util.types import AttributeValue
 
-from scheduler_service.call_record import CANCELLED, OK, CallRecord
 from scheduler_service.completion import Completion
 from scheduler_service.history import EventKind, HistoryEvent
+from scheduler_service.telemetry.call_record import CANCELLED, OK, CallRecord
 from scheduler_service.validation import ChatPrompt, GenerateSpec
 
 Attributes = dict[str, AttributeValue]

@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 
 from google.rpc import code_pb2
 
-from scheduler_service.caller import Caller
+from scheduler_service.access.caller import Caller
 from scheduler_service.completion import Completion, Delta
 from scheduler_service.errors import RequestError
 from scheduler_service.live_request import LiveRequest

@@ -9,7 +9,8 @@ from typing import Protocol
 
 import grpc
 
-from scheduler_service.call_record import (
+from scheduler_service.access.caller import caller_of
+from scheduler_service.telemetry.call_record import (
     CANCELLED,
     DEADLINE_EXCEEDED,
     GENERATE,
@@ -17,8 +18,7 @@ from scheduler_service.call_record import (
     CallRecord,
     OutputTexts,
 )
-from scheduler_service.caller import caller_of
-from scheduler_service.request_log import RequestLog
+from scheduler_service.telemetry.request_log import RequestLog
 
 logger = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from scheduler_service.completion import Completion
-from scheduler_service.metrics import SchedulerMetrics
 from scheduler_service.sequence import FinishReason
+from scheduler_service.telemetry.metrics import SchedulerMetrics
 
 
 class EngineMetrics(Protocol):

@@ -3,7 +3,7 @@
 import hmac
 import secrets
 
-from scheduler_service.caller import Caller
+from scheduler_service.access.caller import Caller
 
 
 class Tenancy:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from scheduler_service.errors import InvalidFieldError, TokenizerBusyError
-from scheduler_service.tokenizer import Tokenizer
+from scheduler_service.text.tokenizer import Tokenizer
 from scheduler_service.validation import ChatPrompt, Prompt, TextPrompt, TokenPrompt
 
 # What a client should wait when the threads have too much to do; they need seconds at most.

@@ -9,10 +9,10 @@ from typing import Any
 import grpc
 
 from nanovllm.logs import fields
-from scheduler_service.caller import authenticated_by_token, caller_of
-from scheduler_service.interception import Context, Continuation, refusal, within
-from scheduler_service.log_budget import LogBudget
-from scheduler_service.tokens_file import TokensFile
+from scheduler_service.access.caller import authenticated_by_token, caller_of
+from scheduler_service.access.interception import Context, Continuation, refusal, within
+from scheduler_service.access.tokens_file import TokensFile
+from scheduler_service.telemetry.log_budget import LogBudget
 
 logger = logging.getLogger(__name__)
 
