@@ -60,7 +60,7 @@ def serve(settings: ExecutorSettings) -> int:
     # Before the slow part, so that a taken port shows at once. Nothing is served until start().
     server = grpc.server(
         ThreadPoolExecutor(_NUM_GRPC_THREADS, thread_name_prefix="grpc"),
-        interceptors=(ErrorGuard(),),
+        interceptors=[ErrorGuard()],
         options=EXECUTOR_SERVER_OPTIONS,
     )
     address = bind(server, settings.listen, tls, only_owner=True)

@@ -5,10 +5,11 @@ Both ends speak TLS 1.2 or newer; gRPC's own TLS library offers nothing older.
 
 import os
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import grpc
 
@@ -123,7 +124,8 @@ class ServerTls:
 
         return grpc.dynamic_ssl_server_credentials(
             in_use.configuration(),
-            changed_configuration,
+            # The type stubs leave out that it may return None.
+            cast(Callable[[], grpc.ServerCertificateConfiguration], changed_configuration),
             require_client_authentication=self._client_ca is not None,
         )
 

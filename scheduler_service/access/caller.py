@@ -4,7 +4,7 @@ Token, certificate and address names cannot be mistaken for each other: the firs
 that no address has.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -47,12 +47,12 @@ def caller_of(context: grpc.aio.ServicerContext) -> Caller:
     return Caller(_host_of(context.peer()))
 
 
-def _certificate_name(auth_context: dict[str, list[bytes]]) -> str | None:
+def _certificate_name(auth_context: Mapping[str, Iterable[bytes]]) -> str | None:
     """The identity of a verified client certificate: its alternative names, else its subject."""
     for key in ("x509_subject_alternative_name", "x509_subject", "x509_common_name"):
-        values = auth_context.get(key)
+        values = sorted(value.decode(errors="replace") for value in auth_context.get(key, ()))
         if values:
-            return ",".join(sorted(value.decode(errors="replace") for value in values))
+            return ",".join(values)
     return None
 
 

@@ -58,7 +58,7 @@ class RequestObserver:
         """The record of a call, to be filled in inside the block."""
         call = CallRecord(time.monotonic(), caller_of(context), request.request_id, method=method)
         if self._tracer is not None:
-            call.metadata = context.invocation_metadata() or ()
+            call.metadata = tuple(context.invocation_metadata() or ())
             call.keeps_history = True
         if self._log.log_prompts:
             call.texts = OutputTexts()
