@@ -96,7 +96,7 @@ def test_time_before_the_queue_counts_for_the_first_token_and_not_for_the_queue(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ):
     clock = SimpleNamespace(now_s=1000.0)
-    for module in ("engine", "live_request", "reservation", "request_metrics"):
+    for module in ("engine", "live_request", "reservation", "telemetry.request_metrics"):
         monkeypatch.setattr(
             f"scheduler_service.{module}.time", SimpleNamespace(monotonic=lambda: clock.now_s)
         )
