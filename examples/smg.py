@@ -11,7 +11,6 @@ import urllib.request
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 _HOST = "127.0.0.1"
@@ -115,12 +114,7 @@ class SmgGateway:
     def __enter__(self) -> "SmgGateway":
         return self.start()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _command_line(self) -> list[str]:
