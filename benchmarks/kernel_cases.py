@@ -2,7 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -14,10 +14,15 @@ from nanovllm_core import random as counter_random
 from nanovllm_core.kernels import launch
 from nanovllm_core.kernels.add_rms_norm import add_rms_norm
 from nanovllm_core.kernels.filter_threshold import filter_thresholds
+from nanovllm_core.kernels.launch import PrefillConfig
 from nanovllm_core.kernels.linear_residual import linear_residual
 from nanovllm_core.kernels.lm_head_sample import lm_head_sample
 from nanovllm_core.kernels.paged_decode import paged_decode_attention
-from nanovllm_core.kernels.paged_prefill import paged_prefill_attention
+from nanovllm_core.kernels.paged_prefill import (
+    list_tiles,
+    paged_prefill_attention,
+    tokens_per_tile,
+)
 from nanovllm_core.kernels.qk_norm_rope_cache import qk_norm_rope_cache
 from nanovllm_core.kernels.rms_norm_linear import rms_norm_linear
 from nanovllm_core.kernels.sampling import sample_tokens
@@ -38,6 +43,8 @@ def bf16(*shape: int, scale: float = 1.0) -> Tensor:
 
 def linear_candidates(rows: int, columns_per_output: int = 1, split: bool = False) -> list[Any]:
     found: list[Any] = list(launch.GEMV_CANDIDATES) if rows <= launch.MAX_GEMV_ROWS else []
+    if 1 < rows <= launch.MAX_RESIDENT_ROWS:
+        found += launch.RESIDENT_CANDIDATES
     if rows > 1:
         found += launch.tile_candidates(rows, columns_per_output=columns_per_output, split=split)
     return found
@@ -247,6 +254,13 @@ def prefill_case(seqs: int, chunk: int, context: int, page: int) -> Case:
             block_table=tables,
         )
 
+    @cache
+    def tiles(config: PrefillConfig) -> Tensor:
+        listed = list_tiles(
+            [chunk] * seqs, [context] * seqs, tokens_per_tile(HEADS, KV_HEADS, config)
+        )
+        return torch.from_numpy(listed).to("cuda")
+
     has_peer = page % 256 == 0 and importlib.util.find_spec("flash_attn") is not None
     visible = seqs * chunk * (context - chunk + (chunk + 1) / 2)
     return Case(
@@ -263,7 +277,7 @@ def prefill_case(seqs: int, chunk: int, context: int, page: int) -> Case:
                 s[3],
                 starts,
                 s[4],
-                chunk,
+                tiles(config or launch.PAGED_PREFILL),
                 SCALE,
                 config=config or launch.PAGED_PREFILL,
             )

@@ -38,9 +38,10 @@ _GEMV = [
     for block_n, num_warps in ((1, 1), (2, 1), (4, 1), (2, 2), (4, 2), (4, 4), (8, 4), (8, 8))
 ]
 _DECODE = [
-    DecodeConfig(block_kv, num_warps, 3, target_blocks, max_splits=target_blocks // 8)
-    for block_kv, num_warps in ((16, 1), (32, 2), (64, 4))
+    DecodeConfig(block_kv, num_warps, 3, target_blocks, target_blocks // 8, early_tile)
+    for block_kv, num_warps in ((16, 1), (32, 1), (32, 2), (64, 4))
     for target_blocks in (128, 256, 512)
+    for early_tile in (False, True)
 ]
 
 
@@ -139,11 +140,13 @@ def override(table: str, config: object) -> None:
 
 def tune(rows: int, context: int) -> Iterable[dict[str, Any]]:
     """Yields one row per configuration tried; leaves the winners in place."""
-    gemv = _GEMV if rows <= launch.MAX_GEMV_ROWS else []
+    common: list[Any] = list(_GEMV) if rows <= launch.MAX_GEMV_ROWS else []
+    if 1 < rows <= launch.MAX_RESIDENT_ROWS:
+        common += launch.RESIDENT_CANDIDATES
     candidates: dict[str, list[Any]] = {
-        "RMS_NORM_LINEAR": gemv + (tiles(1, split=False) if rows > 2 else []),
-        "SILU_MUL_LINEAR": gemv + (tiles(2, split=False) if rows > 2 else []),
-        "LINEAR_RESIDUAL": gemv + (tiles(1, split=True) if rows > 2 else []),
+        "RMS_NORM_LINEAR": common + (tiles(1, split=False) if rows > 2 else []),
+        "SILU_MUL_LINEAR": common + (tiles(2, split=False) if rows > 2 else []),
+        "LINEAR_RESIDUAL": common + (tiles(1, split=True) if rows > 2 else []),
         "PAGED_DECODE": _DECODE,
     }
     step = DecodeStep(rows, context)

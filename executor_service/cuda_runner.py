@@ -1,7 +1,7 @@
 """The model runner for GPUs: launches without waiting, collects later.
 
-Iterations of decoding slots alone replay a CUDA graph. Those with prefill chunks, and those that
-need what the graphs do not hold (penalties, biases, log-probabilities), run kernel by kernel.
+An iteration replays CUDA graphs: one for its prefill chunks, one for the slots that decode. Those
+that need what the graphs do not hold (penalties, biases, log-probabilities) run kernel by kernel.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from torch import Tensor
 from executor_service.batch_state import BatchState
 from executor_service.decode_graphs import DecodeGraphs, sampling_kind
 from executor_service.model_runner import ModelRunner, StepLogprobs
+from executor_service.prefill_graphs import PrefillGraphs
 from executor_service.runner import PendingStep, StepOutput
 from executor_service.slots import Chunk, HostSlot, SlotTable
 from nanovllm_core.attention import AttentionBackend
@@ -24,6 +25,12 @@ class _Timeline:
     """End of the iteration that was collected last."""
 
     end: torch.cuda.Event | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Graphs:
+    prefill: PrefillGraphs
+    decode: DecodeGraphs
 
 
 @dataclass(slots=True)
@@ -76,25 +83,32 @@ class CudaRunner:
         """Captures the graphs, which takes a few seconds, unless told not to."""
         self._eager = ModelRunner(model, cache, attention, state)
         self._vocab_size = state.limits.vocab_size
-        self._graphs: DecodeGraphs | None = None
+        self._graphs: _Graphs | None = None
         self._timeline = _Timeline()
         if use_graphs:
-            self._graphs = DecodeGraphs(model, cache, attention, state)
-            self._graphs.capture()
+            self._graphs = _Graphs(
+                PrefillGraphs(model, cache, attention, state),
+                DecodeGraphs(model, cache, attention, state),
+            )
+            self._graphs.prefill.capture()
+            self._graphs.decode.capture()
 
     @torch.inference_mode()
     def launch(self, chunks: list[Chunk], decode_slots: list[int], slots: SlotTable) -> PendingStep:
         """Starts the iteration."""
         start = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True)
-        owners = [slots[slot] for slot in decode_slots]
-        logprobs, from_graph = None, False
+        sampled_slots = [chunk.slot for chunk in chunks if chunk.completes] + decode_slots
+        owners = [slots[slot] for slot in sampled_slots]
+        logprobs = None
         start.record()
-        if self._graphs is not None and not chunks and all(map(self._fits_graph, owners)):
-            from_graph = True
-            sampled_slots = decode_slots
+        from_graph = self._graphs is not None and all(map(self._fits_graph, owners))
+        if self._graphs is not None and from_graph:
+            self._graphs.prefill.run(chunks)
             kind = sampling_kind((owner.sampling for owner in owners), self._vocab_size)
-            results = self._graphs.replay(decode_slots, kind)
+            # Attention takes rows in order: the longest first, so that none of them ends last.
+            sampled_slots.sort(key=lambda slot: slots[slot].num_tokens, reverse=True)
+            results = self._graphs.decode.replay(sampled_slots, kind)
         else:
             step = self._eager.run(chunks, decode_slots, slots)
             sampled_slots = step.slots

@@ -59,6 +59,25 @@ def bucket_sizes(max_num_seqs: int) -> list[int]:
     return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
 
 
+def slot_tensors(state: BatchState) -> SlotTensors:
+    """The slot state as kernels take it."""
+    return SlotTensors(
+        token_ids=state.token_ids,
+        block_tables=state.block_tables,
+        stop_token_ids=state.stop_token_ids,
+        num_tokens=state.ints("num_tokens"),
+        num_computed=state.ints("num_computed"),
+        max_total_tokens=state.ints("max_total_tokens"),
+        capacity=state.ints("capacity"),
+        active=state.ints("active"),
+        seed=state.ints("seed"),
+        top_k=state.ints("top_k"),
+        temperature=state.floats("temperature"),
+        top_p=state.floats("top_p"),
+        min_p=state.floats("min_p"),
+    )
+
+
 class DecodeGraphs:
     """Captured decode iterations."""
 
@@ -72,21 +91,7 @@ class DecodeGraphs:
         self._cache = cache
         self._attention = attention
         self._state = state
-        self._slots = SlotTensors(
-            token_ids=state.token_ids,
-            block_tables=state.block_tables,
-            stop_token_ids=state.stop_token_ids,
-            num_tokens=state.ints("num_tokens"),
-            num_computed=state.ints("num_computed"),
-            max_total_tokens=state.ints("max_total_tokens"),
-            capacity=state.ints("capacity"),
-            active=state.ints("active"),
-            seed=state.ints("seed"),
-            top_k=state.ints("top_k"),
-            temperature=state.floats("temperature"),
-            top_p=state.floats("top_p"),
-            min_p=state.floats("min_p"),
-        )
+        self._slots = slot_tensors(state)
         self._sizes = bucket_sizes(limits.max_num_seqs)
         rows = limits.max_num_seqs
         self._inputs = DecodeInputs.allocate(
@@ -121,11 +126,13 @@ class DecodeGraphs:
         torch.cuda.synchronize()
 
     def replay(self, slots: list[int], kind: SamplingKind) -> Tensor:
-        """Starts one iteration over `slots`.
+        """Starts one iteration over `slots`; without any there is nothing to start.
 
         Returns:
             [2, rows of the bucket] int32, tokens and finish flags; overwritten by the next replay.
         """
+        if not slots:
+            return self.results(0)
         size = self.bucket(len(slots))
         self.name_slots(slots)
         self._graphs[size, kind].replay()

@@ -36,8 +36,8 @@ _GPU_BATCHED_TOKENS = 8192
 _CPU_KV_BYTES = 2**30
 
 
-# Room for what the CUDA graphs allocate: the logits of the largest batch, mostly.
-_GRAPH_BYTES = 2**30
+# Room for what the decode graphs allocate: the logits of the largest batch, mostly.
+_DECODE_GRAPH_BYTES = 2**30
 # Prefix hits are whole blocks; larger ones would make them coarse.
 _GPU_BLOCK_SIZE = 64
 
@@ -122,10 +122,16 @@ def _create_engine(directory: Path, settings: ExecutorSettings) -> Engine:
     model_load_s = time.monotonic() - load_start_s
     model = loaded if attention.name == "torch" else _fuse(loaded)
     weight_bytes = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    graph_bytes = 0
     if device.type == "cuda":
-        _warm_up(model, attention, config, max_num_batched_tokens, block_size, dtype, device)
+        peak_bytes = _warm_up(
+            model, attention, config, max_num_batched_tokens, block_size, dtype, device
+        )
+        if not settings.enforce_eager:
+            # The prefill graphs have memory of their own, as much as the warm-up took.
+            graph_bytes = peak_bytes - weight_bytes + _DECODE_GRAPH_BYTES
     num_blocks = settings.num_kv_blocks or _fit_blocks(
-        config, block_size, dtype, device, settings, max_model_len
+        config, block_size, dtype, device, settings, max_model_len, graph_bytes
     )
     limits = ExecutorLimits(
         vocab_size=config.vocab_size,
@@ -212,11 +218,13 @@ def _warm_up(
     block_size: int,
     dtype: torch.dtype,
     device: torch.device,
-) -> None:
+) -> int:
     """Runs the largest prefill once: compiles kernels, and leaves its peak memory in the allocator.
 
-    What is free afterwards can go to the KV cache.
+    What is free afterwards can go to graphs and the KV cache. Returns the peak in bytes, weights
+    included.
     """
+    torch.cuda.reset_peak_memory_stats(device)
     chunk = min(num_tokens, config.max_position_embeddings)
     num_blocks = -(-chunk // block_size)
     cache = KVCache(config, num_blocks, block_size, dtype, device)
@@ -234,6 +242,7 @@ def _warm_up(
     )
     model.logits(model(batch, cache, attention)[batch.logits_rows])
     torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device)
 
 
 def _load_with_progress(
@@ -255,13 +264,14 @@ def _fit_blocks(
     device: torch.device,
     settings: ExecutorSettings,
     max_model_len: int,
+    graph_bytes: int,
 ) -> int:
     """Number of KV blocks that fit into memory, at most what all slots can use."""
     block_bytes = KVCache.bytes_per_block(config, block_size, dtype)
     blocks_per_seq = -(-max_model_len // block_size)
     if device.type == "cuda":
         free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-        budget = free_bytes - int(total_bytes * (1 - settings.kv_memory_fraction)) - _GRAPH_BYTES
+        budget = free_bytes - int(total_bytes * (1 - settings.kv_memory_fraction)) - graph_bytes
         remedy = "lower --max-model-len, raise --kv-memory-fraction, or set --num-kv-blocks"
     else:
         # Pages that are never written cost nothing, so one long sequence may have its room.

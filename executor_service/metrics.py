@@ -80,7 +80,7 @@ class ExecutorMetrics:
             "gpu_idle_seconds", "Time the device was idle although a slot could have run."
         )
         self._graph_replays = self._counter(
-            "cuda_graph_replays", "Iterations that were one replay of a CUDA graph."
+            "cuda_graph_replays", "Iterations that replayed CUDA graphs."
         )
         durations = Histogram(
             f"{_PREFIX}step_duration_seconds",

@@ -5,6 +5,16 @@ from dataclasses import dataclass
 from torch import Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class ChunkIndex:
+    """Where prefill chunks lie, on the device, for a batch whose chunks the host does not know."""
+
+    # [num_chunks + 1] int32, first token of each chunk and the end of the last
+    query_start: Tensor
+    # [num_tiles, 2] int32, see `paged_prefill.list_tiles`
+    tiles: Tensor
+
+
 @dataclass(slots=True)
 class ForwardBatch:
     """The tokens of one iteration, flat, with the sequences that they belong to.
@@ -33,6 +43,9 @@ class ForwardBatch:
     max_decode_context_len: int
     # [num_logits] int64, rows of the hidden states from which a token is sampled
     logits_rows: Tensor
+    # of batches that are captured in a graph; prefill_lens then only gives the numbers of chunks
+    # and, in sum, of tokens
+    chunk_index: ChunkIndex | None = None
 
     @property
     def num_prefill_tokens(self) -> int:

@@ -15,7 +15,7 @@ from nanovllm_core.attention.triton_backend import TritonBackend
 from nanovllm_core.batch import ForwardBatch
 from nanovllm_core.kernels.add_rms_norm import add_rms_norm, rms_norm
 from nanovllm_core.kernels.device import supports_dependent_launch
-from nanovllm_core.kernels.launch import MAX_LM_HEAD_ROWS
+from nanovllm_core.kernels.launch import MAX_LM_HEAD_ROWS, MAX_RESIDENT_ROWS
 from nanovllm_core.kernels.linear_residual import linear_residual, linear_residual_workspace_size
 from nanovllm_core.kernels.lm_head_sample import lm_head_sample
 from nanovllm_core.kernels.qk_norm_rope_cache import qk_norm_rope_cache
@@ -28,9 +28,8 @@ from nanovllm_core.model import CausalLM, DecoderLayer
 
 # Up to this many rows the fused linear kernels beat cuBLAS with separate kernels around it.
 MAX_FUSED_ROWS = 64
-# The same for QKV with its norm, which cuBLAS does well: 9.4 us fused against 8.6 at 16 rows of
-# Qwen3-0.6B on an H100, 8.3 against 8.5 at 8 (`benchmarks.kernels`).
-MAX_FUSED_QKV_ROWS = 8
+# The same for QKV with its norm, which cuBLAS does well where its weights are not resident.
+MAX_FUSED_QKV_ROWS = MAX_RESIDENT_ROWS
 
 
 class FusedModel:

@@ -2,8 +2,9 @@
 
 flash-attn reads a paged cache only in pages of a multiple of 256 tokens, which would make prefix
 hits coarse. Prefill therefore reads contiguous keys and values, gathered once per layer; a gather
-moves 4 KiB per token and layer of Qwen3-0.6B, a few percent of the layer's time. Decode uses this
-project's own paged kernel unless the pages suit flash-attn.
+moves 4 KiB per token and layer of Qwen3-0.6B, a few percent of the layer's time. Captured batches,
+whose chunks the host does not know, and decode use this project's own paged kernels; decode uses
+flash-attn's where the pages suit it.
 """
 
 from typing import ClassVar
@@ -41,6 +42,8 @@ class FlashAttnBackend(TritonBackend):
         """Lists the cache slots of every chunk's context."""
         super().prepare(batch, cache)
         self._context_slots = None
+        if batch.chunk_index is not None:
+            return  # gathering would need room for the longest contexts in every graph
         if not batch.prefill_lens or sum(batch.prefill_context_lens) > _MAX_GATHERED_TOKENS:
             return
         size = cache.block_size
@@ -72,7 +75,7 @@ class FlashAttnBackend(TritonBackend):
         self, layer: int, query: Tensor, cache: KVCache, batch: ForwardBatch, out: Tensor
     ) -> None:
         """See the base class."""
-        if self._context_slots is None:
+        if self._context_slots is None or self._chunks is None:
             super().prefill(layer, query, cache, batch, out)
             return
         key = cache.key[layer].flatten(0, 1).index_select(0, self._context_slots)
@@ -82,9 +85,9 @@ class FlashAttnBackend(TritonBackend):
                 query,
                 key,
                 value,
-                self._query_start,
+                self._chunks.query_start,
                 self._key_start,
-                self._max_query_len,
+                max(batch.prefill_lens),
                 self._max_context_len,
                 softmax_scale=self.scale,
                 causal=True,

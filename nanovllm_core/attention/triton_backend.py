@@ -2,16 +2,21 @@
 
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from nanovllm_core.attention.base import AttentionBackend
-from nanovllm_core.batch import ForwardBatch
+from nanovllm_core.batch import ChunkIndex, ForwardBatch
 from nanovllm_core.config import ModelConfig
 from nanovllm_core.kernels import launch
 from nanovllm_core.kernels.device import supports_dependent_launch
 from nanovllm_core.kernels.paged_decode import paged_decode_attention, paged_decode_workspace_size
-from nanovllm_core.kernels.paged_prefill import paged_prefill_attention
+from nanovllm_core.kernels.paged_prefill import (
+    list_tiles,
+    paged_prefill_attention,
+    tokens_per_tile,
+)
 from nanovllm_core.kernels.qkv_decode import qkv_decode_attention
 from nanovllm_core.kernels.workspace import Workspace
 from nanovllm_core.kv_cache import KVCache
@@ -28,18 +33,21 @@ class TritonBackend(AttentionBackend):
         self._workspace = _decode_workspace(config, device)
         # The kernel may be launched while the one before it finishes.
         self._dependent = supports_dependent_launch(device)
-        # Of the chunks at hand: [num_chunks + 1] int32, and the longest in tokens.
-        self._query_start: Tensor | None = None
-        self._max_query_len = 0
+        self._tokens_per_tile = tokens_per_tile(config.num_heads, config.num_kv_heads)
+        # Of the chunks at hand.
+        self._chunks: ChunkIndex | None = None
 
     def prepare(self, batch: ForwardBatch, cache: KVCache) -> None:
-        """Notes where the chunks begin."""
-        if batch.prefill_lens:
-            starts = [0]
-            for length in batch.prefill_lens:
-                starts.append(starts[-1] + length)
-            self._query_start = torch.tensor(starts, dtype=torch.int32, device=self.device)
-            self._max_query_len = max(batch.prefill_lens)
+        """Notes where the chunks lie."""
+        self._chunks = batch.chunk_index
+        if batch.prefill_lens and self._chunks is None:
+            starts = np.cumsum([0, *batch.prefill_lens], dtype=np.int32)
+            tiles = list_tiles(
+                batch.prefill_lens, batch.prefill_context_lens, self._tokens_per_tile
+            )
+            self._chunks = ChunkIndex(
+                torch.from_numpy(starts).to(self.device), torch.from_numpy(tiles).to(self.device)
+            )
 
     def attend(self, layer: int, query: Tensor, cache: KVCache, batch: ForwardBatch) -> Tensor:
         """See the base class."""
@@ -102,16 +110,16 @@ class TritonBackend(AttentionBackend):
     ) -> None:
         """Attention of the prefill chunks into `out`."""
         num_prefill = batch.num_prefill_seqs
-        if self._query_start is None:
+        if self._chunks is None:
             raise RuntimeError("attend was called before prepare")
         paged_prefill_attention(
             query,
             cache.key[layer],
             cache.value[layer],
             batch.block_tables[:num_prefill],
-            self._query_start,
+            self._chunks.query_start,
             batch.context_lens[:num_prefill],
-            self._max_query_len,
+            self._chunks.tiles,
             self.scale,
             out=out,
         )

@@ -42,6 +42,45 @@ def cache_slots(
 
 
 @triton.jit
+def fold_tile(
+    q,
+    k,
+    v,
+    running_max,
+    running_sum,
+    acc,
+    positions,
+    query_positions,
+    scale_log2,
+    MASKED: tl.constexpr,
+):
+    """Fold one tile of keys and values into the running softmax of every query row.
+
+    Args:
+        q: [rows, BLOCK_D].
+        k, v: [BLOCK_KV, BLOCK_D].
+        running_max, running_sum: [rows] float32.  acc: [rows, BLOCK_D] float32.
+        positions: [BLOCK_KV], of the keys.
+        query_positions: [rows]; with MASKED, a row sees tokens up to and including its position,
+            and at least one of them.
+        scale_log2: softmax scale times log2(e).
+
+    Returns:
+        (running_max, running_sum, acc).
+    """
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+    if MASKED:
+        visible = positions[None, :] <= query_positions[:, None]
+        scores = tl.where(visible, scores, float("-inf"))
+    new_max = tl.maximum(running_max, tl.max(scores, axis=1))
+    rescale = tl.exp2(running_max - new_max)
+    weights = tl.exp2(scores - new_max[:, None])
+    running_sum = running_sum * rescale + tl.sum(weights, axis=1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
+    return new_max, running_sum, acc
+
+
+@triton.jit
 def attend_tiles(
     q,
     running_max,
@@ -92,14 +131,16 @@ def attend_tiles(
         else:
             k = tl.load(key_ptr + offsets)
             v = tl.load(value_ptr + offsets)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
-        if MASKED:
-            visible = positions[None, :] <= query_positions[:, None]
-            scores = tl.where(visible, scores, float("-inf"))
-        new_max = tl.maximum(running_max, tl.max(scores, axis=1))
-        rescale = tl.exp2(running_max - new_max)
-        weights = tl.exp2(scores - new_max[:, None])
-        running_sum = running_sum * rescale + tl.sum(weights, axis=1)
-        acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
-        running_max = new_max
+        running_max, running_sum, acc = fold_tile(
+            q,
+            k,
+            v,
+            running_max,
+            running_sum,
+            acc,
+            positions,
+            query_positions,
+            scale_log2,
+            MASKED,
+        )
     return running_max, running_sum, acc

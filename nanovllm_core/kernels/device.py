@@ -14,29 +14,48 @@ def supports_dependent_launch(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
-@triton.jit
-def start_dependents(DEPENDENT: tl.constexpr):
-    """Order a programmatic dependent launch; nothing without one.
+# A programmatic dependent launch lets a kernel start before the one in front of it has ended. Every
+# block of every kernel of a chain calls `wait_for_previous`, which keeps the chain ordered: a
+# kernel that has ended has seen its predecessor end. Before that call a block writes nothing, and
+# reads nothing that the kernel in front may write.
+#
+# When the next kernel may start is each kernel's choice:
+# - at once (`launch_next` first): the next kernel's weights are on their way early. It may start
+#   before kernels further in front have ended, so before its wait it may read weights only.
+# - after its own wait (`start_dependents`): everything but this kernel's own output is there when
+#   the next kernel starts.
 
-    The call waits for the kernel before to end, and lets the next kernel start. Before it a block
-    may only read what no kernel writes (weights), and write nothing. Every block of every kernel
-    of a chain calls it, which keeps the chain ordered: a kernel that has ended has seen its
-    predecessor end.
-    """
+
+@triton.jit
+def launch_next(DEPENDENT: tl.constexpr):
+    """Lets the next kernel start once all blocks have come here; nothing without a chain."""
     if DEPENDENT:
-        gdc_wait()
         gdc_launch_dependents()
 
 
 @triton.jit
+def wait_for_previous(DEPENDENT: tl.constexpr):
+    """Waits until the kernel in front has ended and its writes are visible."""
+    if DEPENDENT:
+        gdc_wait()
+
+
+@triton.jit
+def start_dependents(DEPENDENT: tl.constexpr):
+    """Waits for the kernel in front, then lets the next one start."""
+    wait_for_previous(DEPENDENT)
+    launch_next(DEPENDENT)
+
+
+@triton.jit
 def fence_weight_loads(DEPENDENT: tl.constexpr):
-    """Separate a block's weight loads from everything that depends on the kernel before.
+    """Separates a block's weight loads from everything that depends on the kernel in front.
 
     Without a fence the compiler interleaves loads and arithmetic to save registers and keeps 3
     loads of a thread in flight instead of 8 (seen in the machine code for sm_90).
     """
     if DEPENDENT:
-        start_dependents(True)
+        wait_for_previous(True)
     else:
         tl.debug_barrier()
 

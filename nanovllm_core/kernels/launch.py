@@ -18,10 +18,24 @@ times single kernels. The others were derived by counting:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
+
+import triton
+
+from nanovllm_core.kernels.checks import KernelInputError
 
 # Largest number of rows that the FMA kernels take: at 8 rows they need 50 of an SM's 128 FMAs a
 # clock to keep up with memory, at 16 rows conversion and FMA together would be the limit.
 MAX_GEMV_ROWS = 8
+
+# Largest number of rows of the kernels that hold whole weight rows for the tensor cores.
+MAX_RESIDENT_ROWS = 16
+
+# Shared memory that a block of them may use for its operands; sm_90 has 227 KiB.
+_MAX_RESIDENT_BYTES = 200 * 1024
+
+# Least depth of a product on tensor cores with operands of 16 bits.
+_MIN_DOT_K = 16
 
 # Largest number of rows of the LM head with sampling: its blocks keep all rows of x in registers
 # while they walk the vocabulary, and 8 rows spill.
@@ -51,6 +65,54 @@ class GemvConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ResidentConfig:
+    """Tensor-core kernel for up to MAX_RESIDENT_ROWS rows: a block holds 16 whole weight rows.
+
+    All of them are loaded before the block waits for the kernel in front. K is cut into `groups`
+    products of their own, one after another for each warp, whose sums are added up at the end.
+    """
+
+    groups: int
+    num_warps: int
+
+    #: Weight rows of a block: the height of a tensor core's tile.
+    BLOCK_N: ClassVar[int] = 16
+
+    def options(self, dependent: bool) -> dict[str, object]:
+        return launch_options(self.num_warps, 1, dependent)
+
+    def fits(self, rows: int, k_size: int, itemsize: int) -> bool:
+        """Whether a block can hold its operands, and tensor cores take them."""
+        k_padded = triton.next_power_of_2(k_size)
+        num_bytes = (self.BLOCK_N + _padded_rows(rows)) * k_padded * itemsize
+        return (
+            rows <= MAX_RESIDENT_ROWS
+            and itemsize == 2
+            and num_bytes <= _MAX_RESIDENT_BYTES
+            and k_padded >= _MIN_DOT_K * self.groups
+        )
+
+    def shape(self, rows: int, k_size: int) -> dict[str, int]:
+        """The kernels' constants for this many rows of x and columns of the weight.
+
+        Raises:
+            KernelInputError: there are more than MAX_RESIDENT_ROWS rows.
+        """
+        if rows > MAX_RESIDENT_ROWS:
+            raise KernelInputError(
+                f"a ResidentConfig takes up to {MAX_RESIDENT_ROWS} rows, got {rows}"
+            )
+        return {
+            "K": k_size,
+            "GROUPS": self.groups,
+            "GROUP_K": triton.next_power_of_2(k_size) // self.groups,
+            "ROWS": rows,
+            "ROWS_PADDED": _padded_rows(rows),
+            "BLOCK_N": self.BLOCK_N,
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class TileConfig:
     """Tensor-core kernel over [block_m, block_n] output tiles.
 
@@ -70,14 +132,20 @@ class TileConfig:
         return launch_options(self.num_warps, self.num_stages, dependent)
 
 
-LinearConfig = GemvConfig | TileConfig
+def _padded_rows(rows: int) -> int:
+    """Rows of x that a tensor core's tile takes."""
+    return 8 if rows <= 8 else MAX_RESIDENT_ROWS
+
+
+LinearConfig = GemvConfig | ResidentConfig | TileConfig
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeConfig:
     """Paged decode attention: blocks walk `block_kv` tokens a step.
 
-    The context is split until about `target_blocks` blocks exist, at most max_splits ways.
+    The context is split until about `target_blocks` blocks exist, at most max_splits ways. With
+    `early_tile`, a block loads its first step before it waits for the kernel in front.
     """
 
     block_kv: int
@@ -85,6 +153,7 @@ class DecodeConfig:
     num_stages: int
     target_blocks: int
     max_splits: int
+    early_tile: bool = False
 
     def num_splits(self, num_seqs: int, num_kv_heads: int) -> int:
         """A power of two between 1 and max_splits."""
@@ -138,17 +207,23 @@ def choose_decode(num_seqs: int) -> DecodeConfig:
     return next(config for max_seqs, config in PAGED_DECODE if num_seqs <= max_seqs)
 
 
-def choose(table: Table, rows: int) -> LinearConfig:
-    """The first entry whose row limit holds `rows`; the last entry holds any number."""
+def choose(table: Table, rows: int, k_size: int, itemsize: int) -> LinearConfig:
+    """The first entry whose row limit holds `rows` and whose blocks can hold K columns of the type.
+
+    The last entry holds anything.
+    """
     for max_rows, config in table:
-        if rows <= max_rows:
+        if rows <= max_rows and (
+            not isinstance(config, ResidentConfig) or config.fits(rows, k_size, itemsize)
+        ):
             return config
     return table[-1][1]
 
 
 # (rows up to, configuration)
 RMS_NORM_LINEAR: Table = (
-    (MAX_GEMV_ROWS, GemvConfig(block_n=4, num_warps=1)),
+    (1, GemvConfig(block_n=4, num_warps=1)),
+    (MAX_RESIDENT_ROWS, ResidentConfig(groups=8, num_warps=4)),
     (16, TileConfig(block_m=16, block_n=32, block_k=128, num_warps=4, num_stages=4)),
     (32, TileConfig(block_m=32, block_n=32, block_k=128, num_warps=4, num_stages=4)),
     (64, TileConfig(block_m=64, block_n=32, block_k=128, num_warps=4, num_stages=6)),
@@ -159,10 +234,10 @@ RMS_NORM_LINEAR: Table = (
 # block_n counts output columns; each needs a gate row and an up row of the weight.
 SILU_MUL_LINEAR: Table = (
     (1, GemvConfig(block_n=8, num_warps=8)),
-    (MAX_GEMV_ROWS, GemvConfig(block_n=2, num_warps=1)),
+    (MAX_RESIDENT_ROWS, ResidentConfig(groups=8, num_warps=4)),
     (16, TileConfig(block_m=16, block_n=32, block_k=128, num_warps=4, num_stages=3)),
     (32, TileConfig(block_m=32, block_n=32, block_k=128, num_warps=4, num_stages=3)),
-    (64, TileConfig(block_m=64, block_n=32, block_k=128, num_warps=4, num_stages=3)),
+    (64, TileConfig(block_m=64, block_n=32, block_k=128, num_warps=8, num_stages=4)),
     (256, TileConfig(block_m=64, block_n=32, block_k=64, num_warps=4, num_stages=4)),
     (1 << 31, TileConfig(block_m=128, block_n=64, block_k=64, num_warps=8, num_stages=3)),
 )
@@ -171,10 +246,10 @@ SILU_MUL_LINEAR: Table = (
 # the tensor-core kernel splits K.
 LINEAR_RESIDUAL: Table = (
     (1, GemvConfig(block_n=8, num_warps=4)),
-    (2, GemvConfig(block_n=4, num_warps=4)),
-    (16, TileConfig(block_m=16, block_n=32, block_k=128, num_warps=4, num_stages=6, split_k=4)),
+    (8, ResidentConfig(groups=32, num_warps=16)),
+    (16, TileConfig(block_m=16, block_n=32, block_k=128, num_warps=4, num_stages=4, split_k=8)),
     (32, TileConfig(block_m=32, block_n=16, block_k=256, num_warps=4, num_stages=3, split_k=4)),
-    (64, TileConfig(block_m=64, block_n=16, block_k=256, num_warps=4, num_stages=3, split_k=2)),
+    (64, TileConfig(block_m=64, block_n=16, block_k=128, num_warps=4, num_stages=4, split_k=4)),
     (256, TileConfig(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=4, split_k=2)),
     (1 << 31, TileConfig(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3)),
 )
@@ -182,9 +257,9 @@ LINEAR_RESIDUAL: Table = (
 # (sequences up to, configuration). Few sequences want small tiles: the context is spread over
 # many multiprocessors, and the splits do not outnumber the tiles of a short one.
 PAGED_DECODE: Sequence[tuple[int, DecodeConfig]] = (
-    (2, DecodeConfig(block_kv=16, num_warps=1, num_stages=3, target_blocks=256, max_splits=32)),
-    (16, DecodeConfig(block_kv=16, num_warps=1, num_stages=3, target_blocks=512, max_splits=64)),
-    (1 << 31, DecodeConfig(64, num_warps=4, num_stages=3, target_blocks=256, max_splits=32)),
+    (2, DecodeConfig(32, 2, num_stages=2, target_blocks=256, max_splits=32, early_tile=True)),
+    (16, DecodeConfig(32, 2, num_stages=3, target_blocks=512, max_splits=64, early_tile=True)),
+    (1 << 31, DecodeConfig(32, num_warps=1, num_stages=3, target_blocks=1024, max_splits=8)),
 )
 PAGED_PREFILL = PrefillConfig(block_m=128, block_kv=64, num_warps=8, num_stages=3)
 # One or two rows; three to MAX_LM_HEAD_ROWS.
@@ -195,6 +270,12 @@ GEMV_CANDIDATES: tuple[GemvConfig, ...] = tuple(
     GemvConfig(block_n, num_warps)
     for num_warps, sizes in ((1, (1, 2, 4)), (2, (2, 4, 8)), (4, (2, 4, 8, 16)), (8, (8, 16)))
     for block_n in sizes
+)
+
+
+RESIDENT_CANDIDATES: tuple[ResidentConfig, ...] = tuple(
+    ResidentConfig(groups, num_warps)
+    for groups, num_warps in ((4, 4), (8, 4), (8, 8), (16, 8), (16, 16), (32, 16))
 )
 
 

@@ -46,6 +46,46 @@ def multiply_rows(w, x):
 
 
 @triton.jit
+def load_weight_groups(
+    w_ptr, rows, row_limit, K: tl.constexpr, GROUPS: tl.constexpr, GROUP_K: tl.constexpr
+):
+    """Whole weight rows, K cut into groups: [GROUPS, len(rows), GROUP_K], zero outside."""
+    columns = tl.arange(0, GROUPS)[:, None, None] * GROUP_K + tl.arange(0, GROUP_K)[None, None, :]
+    return tl.load(
+        w_ptr + rows.to(tl.int64)[None, :, None] * K + columns,
+        mask=(rows < row_limit)[None, :, None] & (columns < K),
+        other=0.0,
+        eviction_policy="evict_first",
+    )
+
+
+@triton.jit
+def load_activation_groups(
+    x_ptr, rows, row_limit, K: tl.constexpr, GROUPS: tl.constexpr, GROUP_K: tl.constexpr
+):
+    """Rows of x as `load_weight_groups` cuts K, transposed: [GROUPS, GROUP_K, len(rows)]."""
+    columns = tl.arange(0, GROUPS)[:, None, None] * GROUP_K + tl.arange(0, GROUP_K)[None, :, None]
+    return tl.load(
+        x_ptr + rows[None, None, :] * K + columns,
+        mask=(rows < row_limit)[None, None, :] & (columns < K),
+        other=0.0,
+    )
+
+
+@triton.jit
+def multiply_groups(w, x):
+    """w @ x in float32, [weight rows, rows of x]: each warp a group's product on tensor cores."""
+    return tl.sum(tl.dot(w, x, input_precision="ieee"), axis=0)
+
+
+@triton.jit
+def squares_of_groups(x):
+    """Sum of squares of each row of x: float32 [rows]."""
+    wide = x.to(tl.float32)
+    return tl.sum(tl.sum(wide * wide, axis=1), axis=0)
+
+
+@triton.jit
 def squares_of_rows(
     x_ptr, rows, row_limit, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
 ):

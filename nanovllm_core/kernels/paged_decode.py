@@ -71,10 +71,14 @@ def split_bounds(split, context_len, BLOCK_KV: tl.constexpr, SPLITS: tl.constexp
 @triton.jit
 def attend_and_store(
     q,
+    running_max,
+    running_sum,
+    acc,
+    begin,
+    end,
     key_ptr,
     value_ptr,
     block_tables_ptr,
-    context_len,
     out_ptr,
     partials_ptr,
     stats_ptr,
@@ -90,19 +94,18 @@ def attend_and_store(
     BLOCK_KV: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """This block's part of the attention of q [BLOCK_G, BLOCK_D], and the output if it is last."""
+    """Folds the tokens [begin, end) into this block's running softmax of q [BLOCK_G, BLOCK_D].
+
+    Stores it, and the output in the block that is last.
+    """
     kv_head = tl.program_id(0)
     split = tl.program_id(1)
     seq = tl.program_id(2).to(tl.int64)
-    begin, end = split_bounds(split, context_len, BLOCK_KV, SPLITS)
     group = tl.arange(0, BLOCK_G)
     offs_d = tl.arange(0, BLOCK_D)
     first_head = seq * (NUM_KV_HEADS * GROUP) + kv_head * GROUP
     q_offsets = (first_head + group)[:, None] * HEAD_DIM + offs_d[None, :]
     q_mask = (group < GROUP)[:, None] & (offs_d < HEAD_DIM)[None, :]
-    running_max = tl.full([BLOCK_G], float("-inf"), dtype=tl.float32)
-    running_sum = tl.zeros([BLOCK_G], dtype=tl.float32)
-    acc = tl.zeros([BLOCK_G, BLOCK_D], dtype=tl.float32)
     last_position = tl.full([BLOCK_G], 0, dtype=tl.int32) + (end - 1)
     whole_tiles_end = max(begin, end // BLOCK_KV * BLOCK_KV)
     for phase in tl.static_range(2):
@@ -183,6 +186,8 @@ def _decode_kernel(
     group = tl.arange(0, BLOCK_G)
     offs_d = tl.arange(0, BLOCK_D)
     first_head = seq * (NUM_KV_HEADS * GROUP) + tl.program_id(0) * GROUP
+    context_len = tl.load(context_lens_ptr + seq)
+    begin, end = split_bounds(tl.program_id(1), context_len, BLOCK_KV, SPLITS)
     q = tl.load(
         q_ptr + (first_head + group)[:, None] * HEAD_DIM + offs_d[None, :],
         mask=(group < GROUP)[:, None] & (offs_d < HEAD_DIM)[None, :],
@@ -190,10 +195,14 @@ def _decode_kernel(
     )
     attend_and_store(
         q,
+        tl.full([BLOCK_G], float("-inf"), dtype=tl.float32),
+        tl.zeros([BLOCK_G], dtype=tl.float32),
+        tl.zeros([BLOCK_G, BLOCK_D], dtype=tl.float32),
+        begin,
+        end,
         key_ptr,
         value_ptr,
         block_tables_ptr,
-        tl.load(context_lens_ptr + seq),
         out_ptr,
         partials_ptr,
         stats_ptr,

@@ -7,8 +7,10 @@ to itself:
     out[i, h] = softmax_{j <= pos(i)}(q[i, h] . K[j, h / group] * scale) V[j, h / group]
 
 Rows of a score tile are (token, query head of the group) pairs, so the heads that share a KV head
-also share its tiles. Tiles wholly in the past are folded in without masks; the last tiles, which
-the causal diagonal crosses, with. (FlashAttention-2: Dao 2023, https://arxiv.org/abs/2307.08691.)
+also share its tiles. Which tiles there are is read from a list on the device (`list_tiles`), so
+that a captured graph serves any chunks that its list has room for. Tiles wholly in the past are
+folded in without masks; the last tiles, which the causal diagonal crosses, with.
+(FlashAttention-2: Dao 2023, https://arxiv.org/abs/2307.08691.)
 
 Arithmetic: 4 Hq D flops per visible (query, key) pair; matrix-bound from some 100 query tokens up.
 """
@@ -16,6 +18,10 @@ Arithmetic: 4 Hq D flops per visible (query, key) pair; matrix-bound from some 1
 # Triton writes compile-time parameters in capitals.
 # ruff: noqa: N803
 
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
 import torch
 import triton
 import triton.language as tl
@@ -23,7 +29,13 @@ from torch import Tensor
 
 from nanovllm_core.kernels import launch
 from nanovllm_core.kernels.attention_tiles import attend_tiles
-from nanovllm_core.kernels.checks import KernelInputError, require_row_values, require_shape
+from nanovllm_core.kernels.checks import (
+    KernelInputError,
+    require_dtype,
+    require_matrix,
+    require_row_values,
+    require_shape,
+)
 from nanovllm_core.kernels.launch import PrefillConfig
 from nanovllm_core.kernels.paged_decode import LOG2_E, check_paged_arguments
 
@@ -36,6 +48,7 @@ def _prefill_kernel(
     block_tables_ptr,
     query_start_ptr,
     context_lens_ptr,
+    tiles_ptr,
     out_ptr,
     scale_log2,
     table_stride,
@@ -48,16 +61,14 @@ def _prefill_kernel(
     PAGE: tl.constexpr,
     BLOCK_KV: tl.constexpr,
 ):
-    seq = tl.program_id(2).to(tl.int64)
+    seq = tl.load(tiles_ptr + 2 * tl.program_id(0)).to(tl.int64)
+    if seq < 0:
+        return
+    first_token = tl.load(tiles_ptr + 2 * tl.program_id(0) + 1)
     kv_head = tl.program_id(1)
     query_begin = tl.load(query_start_ptr + seq)
     num_queries = tl.load(query_start_ptr + seq + 1) - query_begin
-    # The last tiles see the most keys: start them first, so that they do not end last.
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
     tokens_per_tile: tl.constexpr = BLOCK_M // GROUP_PADDED
-    first_token = tile * tokens_per_tile
-    if first_token >= num_queries:
-        return
     context_len = tl.load(context_lens_ptr + seq)
     first_position = context_len - num_queries + first_token
 
@@ -103,6 +114,37 @@ def _prefill_kernel(
     tl.store(out_ptr + q_offsets, y.to(out_ptr.dtype.element_ty), mask=q_mask)
 
 
+def tokens_per_tile(
+    num_heads: int, num_kv_heads: int, config: PrefillConfig = launch.PAGED_PREFILL
+) -> int:
+    """Query tokens of one tile. Raises KernelInputError if not even one fits."""
+    group = num_heads // num_kv_heads
+    group_padded = triton.next_power_of_2(group)
+    if group_padded > config.block_m:
+        raise KernelInputError(
+            f"a launch with block_m {config.block_m} takes at most that many query heads per KV "
+            f"head, got {group}"
+        )
+    return config.block_m // group_padded
+
+
+def list_tiles(
+    query_lens: Sequence[int], context_lens: Sequence[int], num_tokens: int
+) -> npt.NDArray[np.int32]:
+    """The tiles of some chunks: [tiles, 2], sequence and first query token within its chunk.
+
+    Those that see the most keys come first, so that they do not end last. `num_tokens` is the query
+    tokens of a tile.
+    """
+    tiles = [
+        (context_len - query_len + first, seq, first)
+        for seq, (query_len, context_len) in enumerate(zip(query_lens, context_lens, strict=True))
+        for first in range(0, query_len, num_tokens)
+    ]
+    tiles.sort(reverse=True)
+    return np.asarray([tile[1:] for tile in tiles], dtype=np.int32).reshape(-1, 2)
+
+
 def paged_prefill_attention(
     query: Tensor,
     key_cache: Tensor,
@@ -110,7 +152,7 @@ def paged_prefill_attention(
     block_tables: Tensor,
     query_start: Tensor,
     context_lens: Tensor,
-    max_query_len: int,
+    tiles: Tensor,
     scale: float,
     *,
     out: Tensor | None = None,
@@ -126,7 +168,7 @@ def paged_prefill_attention(
         query_start: [num_seqs + 1] int32, first query row of each sequence and the end.
         context_lens: [num_seqs] int32, cached tokens with the chunk's own; at least as many as
             the sequence has query tokens.
-        max_query_len: host upper bound of query tokens per sequence; fixes the grid.
+        tiles: [num_tiles, 2] int32, from `list_tiles`; rows of a negative sequence are nothing.
         scale: factor on the scores, usually head_dim^(-1/2).
         out: [num_tokens, num_heads, head_dim] to write to; allocated when None.
         config: launch configuration.
@@ -143,32 +185,28 @@ def paged_prefill_attention(
     num_seqs = block_tables.shape[0]
     check_paged_arguments(query, key_cache, value_cache, block_tables, context_lens, num_seqs)
     require_row_values("query_start", query_start, num_seqs + 1, torch.int32)
-    group = num_heads // num_kv_heads
-    group_padded = triton.next_power_of_2(group)
-    if group_padded > config.block_m:
-        raise KernelInputError(
-            f"a launch with block_m {config.block_m} takes at most that many query heads per KV "
-            f"head, got {group}"
-        )
+    require_matrix("tiles", tiles, None, 2)
+    require_dtype("tiles", tiles, torch.int32)
+    group_padded = config.block_m // tokens_per_tile(num_heads, num_kv_heads, config)
     if out is None:
         out = torch.empty_like(query)
     else:
         require_shape("out", out, tuple(query.shape))
-    if num_seqs == 0 or max_query_len <= 0:
+    if tiles.shape[0] == 0:
         return out
-    tiles = triton.cdiv(max_query_len, config.block_m // group_padded)
-    _prefill_kernel[(tiles, num_kv_heads, num_seqs)](
+    _prefill_kernel[(tiles.shape[0], num_kv_heads)](
         query,
         key_cache,
         value_cache,
         block_tables,
         query_start,
         context_lens,
+        tiles,
         out,
         scale * LOG2_E,
         block_tables.stride(0),
         NUM_KV_HEADS=num_kv_heads,
-        GROUP=group,
+        GROUP=num_heads // num_kv_heads,
         GROUP_PADDED=group_padded,
         BLOCK_M=config.block_m,
         HEAD_DIM=head_dim,

@@ -2,8 +2,11 @@
 
 `qk_norm_rope_cache` and `paged_decode_attention` in one kernel, for one token per sequence. Every
 block of a (sequence, KV head) normalises and rotates its query heads anew, which costs less than
-a launch; the block whose split holds the new token also makes its key, writes key and value to
-the cache, and only then reads its tiles. No other block reads that position.
+a launch. The first split also makes the new token's key, writes key and value to the cache, and
+starts its running softmax from them; the cache is read up to the token before.
+
+So nothing that is read of the cache comes from the projection in front, and with few sequences a
+block loads its first tile of keys and values while that projection still runs.
 
 Bytes moved: those of `paged_decode`, and the projection's row once per split instead of a query
 that passes through memory.
@@ -18,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm_core.kernels import launch
+from nanovllm_core.kernels.attention_tiles import cache_slots, fold_tile
 from nanovllm_core.kernels.checks import (
     KernelInputError,
     require_dtype,
@@ -25,7 +29,7 @@ from nanovllm_core.kernels.checks import (
     require_row_values,
     require_shape,
 )
-from nanovllm_core.kernels.device import start_dependents
+from nanovllm_core.kernels.device import launch_next, start_dependents, wait_for_previous
 from nanovllm_core.kernels.launch import DecodeConfig
 from nanovllm_core.kernels.paged_decode import (
     LOG2_E,
@@ -102,49 +106,89 @@ def _qkv_decode_kernel(
     PAGE: tl.constexpr,
     BLOCK_KV: tl.constexpr,
     SPLITS: tl.constexpr,
+    EARLY_TILE: tl.constexpr,
     NORMED: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    start_dependents(DEPENDENT)
     kv_head = tl.program_id(0)
     split = tl.program_id(1)
     seq = tl.program_id(2).to(tl.int64)
-    context_len = tl.load(context_lens_ptr + seq)
+    group = tl.arange(0, BLOCK_G)
+    dims = tl.arange(0, BLOCK_D)
+    if EARLY_TILE:
+        launch_next(DEPENDENT)
+        # The projection in front starts the next kernel after its own wait, so what older kernels
+        # wrote is there: lengths, block tables and the cache up to the token before.
+        context_len = tl.load(context_lens_ptr + seq)
+        begin, end = split_bounds(split, context_len - 1, BLOCK_KV, SPLITS)
+        positions = begin + tl.arange(0, BLOCK_KV)
+        table_ptr = block_tables_ptr + seq * table_stride
+        slots = cache_slots(table_ptr, begin, positions, end, PAGE, BLOCK_KV, True)
+        offsets = (slots[:, None] * NUM_KV_HEADS + kv_head) * HEAD_DIM + dims[None, :]
+        tile_mask = (positions < end)[:, None] & (dims < HEAD_DIM)[None, :]
+        early_k = tl.load(key_ptr + offsets, mask=tile_mask, other=0.0)
+        early_v = tl.load(value_ptr + offsets, mask=tile_mask, other=0.0)
+        wait_for_previous(DEPENDENT)
+    else:
+        start_dependents(DEPENDENT)
+        context_len = tl.load(context_lens_ptr + seq)
+        begin, end = split_bounds(split, context_len - 1, BLOCK_KV, SPLITS)
     position = tl.load(positions_ptr + seq)
     cos = cos_ptr + position * (HEAD_DIM // 2)
     sin = sin_ptr + position * (HEAD_DIM // 2)
     num_heads: tl.constexpr = NUM_KV_HEADS * GROUP
     row = qkv_ptr + seq * ((num_heads + 2 * NUM_KV_HEADS) * HEAD_DIM)
 
-    begin, end = split_bounds(split, context_len, BLOCK_KV, SPLITS)
-    if (begin < end) & (end == context_len):
+    q_rows = row + (kv_head * GROUP + group)[:, None] * HEAD_DIM
+    q = _rotated_heads(
+        q_rows, (group < GROUP)[:, None], q_weight_ptr, cos, sin, eps, HEAD_DIM, BLOCK_D, NORMED
+    ).to(key_ptr.dtype.element_ty)
+    running_max = tl.full([BLOCK_G], float("-inf"), dtype=tl.float32)
+    running_sum = tl.zeros([BLOCK_G], dtype=tl.float32)
+    acc = tl.zeros([BLOCK_G, BLOCK_D], dtype=tl.float32)
+    if (split == 0) & (context_len > 0):
         one = tl.arange(0, 1)
-        dims = tl.arange(0, BLOCK_D)
         inside = (dims < HEAD_DIM)[None, :]
         k_row = row + (num_heads + kv_head) * HEAD_DIM + one[:, None]
         key = _rotated_heads(
             k_row, one[:, None] == 0, k_weight_ptr, cos, sin, eps, HEAD_DIM, BLOCK_D, NORMED
-        )
+        ).to(key_ptr.dtype.element_ty)
         v_row = row + (num_heads + NUM_KV_HEADS + kv_head) * HEAD_DIM + dims[None, :]
         value = tl.load(v_row, mask=inside, other=0.0)
         slot = tl.load(slot_mapping_ptr + seq)
         target = (slot * NUM_KV_HEADS + kv_head) * HEAD_DIM + dims[None, :]
-        tl.store(key_ptr + target, key.to(key_ptr.dtype.element_ty), mask=inside)
+        tl.store(key_ptr + target, key, mask=inside)
         tl.store(value_ptr + target, value, mask=inside)
-    # The tiles below hold what was just stored by other threads of this block.
-    tl.debug_barrier()
-
-    group = tl.arange(0, BLOCK_G)
-    q_rows = row + (kv_head * GROUP + group)[:, None] * HEAD_DIM
-    q = _rotated_heads(
-        q_rows, (group < GROUP)[:, None], q_weight_ptr, cos, sin, eps, HEAD_DIM, BLOCK_D, NORMED
-    )
+        products = q.to(tl.float32) * key.to(tl.float32)
+        running_max = tl.sum(products, axis=1) * scale_log2
+        running_sum = tl.full([BLOCK_G], 1.0, dtype=tl.float32)
+        acc = tl.zeros([BLOCK_G, BLOCK_D], dtype=tl.float32) + value.to(tl.float32)
+    if EARLY_TILE:
+        if begin < end:
+            last_position = tl.full([BLOCK_G], 0, dtype=tl.int32) + (end - 1)
+            running_max, running_sum, acc = fold_tile(
+                q,
+                early_k,
+                early_v,
+                running_max,
+                running_sum,
+                acc,
+                positions,
+                last_position,
+                scale_log2,
+                True,
+            )
+        begin += BLOCK_KV
     attend_and_store(
-        q.to(key_ptr.dtype.element_ty),
+        q,
+        running_max,
+        running_sum,
+        acc,
+        begin,
+        end,
         key_ptr,
         value_ptr,
         block_tables_ptr,
-        context_len,
         out_ptr,
         partials_ptr,
         stats_ptr,
@@ -252,6 +296,7 @@ def qkv_decode_attention(
         PAGE=block_size,
         BLOCK_KV=config.block_kv,
         SPLITS=splits,
+        EARLY_TILE=config.early_tile,
         NORMED=q_norm_weight is not None,
         DEPENDENT=dependent,
         **config.options(dependent),

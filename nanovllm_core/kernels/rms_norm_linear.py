@@ -9,10 +9,11 @@ never exist. (RMSNorm: Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467
 Bytes moved: 2 N K for the weight and 2 rows (K + N) for x and y in bf16. Qwen3-0.6B's QKV
 (N = 4096, K = 1024) at one row: 8.4 MB, 2.7 us at 3.06 TB/s.
 
-Up to 8 rows, a block holds whole weight rows in registers and multiplies them with plain FMA: all
-of a block's loads are in flight at once and no operand passes through shared memory. Above, tensor
-cores work on tiles, and up to 32 rows the squares are summed from the tiles that the product reads
-anyway.
+For one row, a block holds whole weight rows in registers and multiplies them with plain FMA: all of
+a block's loads are in flight at once and no operand passes through shared memory. Up to 16 rows,
+where FMA would take longer than the loads, a block holds whole weight rows for the tensor cores.
+Above, tensor cores work on tiles, and up to 32 rows the squares are summed from the tiles that the
+product reads anyway.
 """
 
 # Triton writes compile-time parameters in capitals.
@@ -25,14 +26,18 @@ from torch import Tensor
 
 from nanovllm_core.kernels import launch
 from nanovllm_core.kernels.checks import require_dtype, require_matrix, require_shape
-from nanovllm_core.kernels.device import fence_weight_loads, start_dependents
-from nanovllm_core.kernels.launch import GemvConfig, LinearConfig
+from nanovllm_core.kernels.device import fence_weight_loads, launch_next, start_dependents
+from nanovllm_core.kernels.launch import GemvConfig, LinearConfig, ResidentConfig
 from nanovllm_core.kernels.linear_tiles import (
     inverse_rms,
+    load_activation_groups,
     load_activation_row,
     load_tile,
+    load_weight_groups,
     load_weight_rows,
+    multiply_groups,
     multiply_rows,
+    squares_of_groups,
     squares_of_rows,
     tile_position,
 )
@@ -68,12 +73,47 @@ def _gemv_kernel(
     inside = columns < n_size
     w = load_weight_rows(w_ptr, columns, n_size, K, K_PADDED)
     fence_weight_loads(DEPENDENT)
+    # Not before the wait: attention reads the cache, which older kernels wrote, before its own.
+    launch_next(DEPENDENT)
     for row in tl.static_range(ROWS):
         x = load_activation_row(x_ptr, row, K, K_PADDED)
         y = multiply_rows(w, x) * inverse_rms(x, eps, K)
         if HAS_BIAS:
             y += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
         tl.store(out_ptr + row * n_size + columns, y.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _resident_kernel(
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    out_ptr,
+    n_size,
+    eps,
+    K: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP_K: tl.constexpr,
+    ROWS: tl.constexpr,
+    ROWS_PADDED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = columns < n_size
+    rows = tl.arange(0, ROWS_PADDED)
+    w = load_weight_groups(w_ptr, columns, n_size, K, GROUPS, GROUP_K)
+    start_dependents(DEPENDENT)
+    x = load_activation_groups(x_ptr, rows, ROWS, K, GROUPS, GROUP_K)
+    y = multiply_groups(w, x) * tl.rsqrt(squares_of_groups(x) / K + eps)[None, :]
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)[:, None]
+    tl.store(
+        out_ptr + rows[None, :] * n_size + columns[:, None],
+        y.to(out_ptr.dtype.element_ty),
+        mask=(rows < ROWS)[None, :] & inside[:, None],
+    )
 
 
 @triton.jit
@@ -163,7 +203,7 @@ def rms_norm_linear(
     if rows == 0:
         return out
     if config is None:
-        config = launch.choose(launch.RMS_NORM_LINEAR, rows)
+        config = launch.choose(launch.RMS_NORM_LINEAR, rows, k_size, x.element_size())
     if isinstance(config, GemvConfig):
         k_padded = triton.next_power_of_2(k_size)
         block_n = config.fitted_block_n(k_padded)
@@ -180,6 +220,19 @@ def rms_norm_linear(
             BLOCK_N=block_n,
             HAS_BIAS=bias is not None,
             DEPENDENT=dependent,
+            **config.options(dependent),
+        )
+    elif isinstance(config, ResidentConfig):
+        _resident_kernel[(triton.cdiv(n_size, config.BLOCK_N),)](
+            x,
+            folded_weight,
+            bias,
+            out,
+            n_size,
+            eps,
+            HAS_BIAS=bias is not None,
+            DEPENDENT=dependent,
+            **config.shape(rows, k_size),
             **config.options(dependent),
         )
     else:

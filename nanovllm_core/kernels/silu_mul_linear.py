@@ -22,14 +22,24 @@ from torch import Tensor
 
 from nanovllm_core.kernels import launch
 from nanovllm_core.kernels.checks import KernelInputError, require_dtype, require_matrix
-from nanovllm_core.kernels.device import fence_weight_loads, silu, start_dependents
-from nanovllm_core.kernels.launch import GemvConfig, LinearConfig
+from nanovllm_core.kernels.device import (
+    fence_weight_loads,
+    launch_next,
+    silu,
+    start_dependents,
+    wait_for_previous,
+)
+from nanovllm_core.kernels.launch import GemvConfig, LinearConfig, ResidentConfig
 from nanovllm_core.kernels.linear_tiles import (
     inverse_rms,
+    load_activation_groups,
     load_activation_row,
     load_tile,
+    load_weight_groups,
     load_weight_rows,
+    multiply_groups,
     multiply_rows,
+    squares_of_groups,
     squares_of_rows,
     tile_position,
 )
@@ -53,6 +63,7 @@ def _gemv_kernel(
     inside = columns < n_size
     w_gate = load_weight_rows(w_ptr, columns, n_size, K, K_PADDED)
     w_up = load_weight_rows(w_ptr + n_size.to(tl.int64) * K, columns, n_size, K, K_PADDED)
+    launch_next(DEPENDENT)
     fence_weight_loads(DEPENDENT)
     for row in tl.static_range(ROWS):
         x = load_activation_row(x_ptr, row, K, K_PADDED)
@@ -64,6 +75,49 @@ def _gemv_kernel(
             up *= scale
         y = (silu(gate) * up).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + row * n_size + columns, y, mask=inside)
+
+
+@triton.jit
+def _resident_kernel(
+    x_ptr,
+    w_ptr,
+    out_ptr,
+    n_size,
+    eps,
+    K: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP_K: tl.constexpr,
+    ROWS: tl.constexpr,
+    ROWS_PADDED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NORMED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    launch_next(DEPENDENT)
+    # One half of the block's weight rows are gates, the other half their partners.
+    half: tl.constexpr = BLOCK_N // 2
+    first = tl.program_id(0) * half
+    local = tl.arange(0, BLOCK_N)
+    partners = first + local % half
+    weight_rows = tl.where(local < half, partners, partners + n_size)
+    row_limit = tl.where(partners < n_size, 2 * n_size, 0)
+    rows = tl.arange(0, ROWS_PADDED)
+    w = load_weight_groups(w_ptr, weight_rows, row_limit, K, GROUPS, GROUP_K)
+    wait_for_previous(DEPENDENT)
+    x = load_activation_groups(x_ptr, rows, ROWS, K, GROUPS, GROUP_K)
+    y = multiply_groups(w, x)
+    if NORMED:
+        y *= tl.rsqrt(squares_of_groups(x) / K + eps)[None, :]
+    pairs = tl.reshape(y, [2, half, ROWS_PADDED])
+    is_gate = (tl.arange(0, 2) == 0)[:, None, None]
+    gate = tl.sum(tl.where(is_gate, pairs, 0.0), axis=0)
+    up = tl.sum(tl.where(is_gate, 0.0, pairs), axis=0)
+    columns = first + tl.arange(0, half)
+    tl.store(
+        out_ptr + rows[None, :] * n_size + columns[:, None],
+        (silu(gate) * up).to(out_ptr.dtype.element_ty),
+        mask=(rows < ROWS)[None, :] & (columns < n_size)[:, None],
+    )
 
 
 @triton.jit
@@ -155,7 +209,7 @@ def silu_mul_linear(
     if rows == 0:
         return out
     if config is None:
-        config = launch.choose(launch.SILU_MUL_LINEAR, rows)
+        config = launch.choose(launch.SILU_MUL_LINEAR, rows, k_size, x.element_size())
     if isinstance(config, GemvConfig):
         k_padded = triton.next_power_of_2(k_size)
         # Two weight tiles per block share the registers.
@@ -172,6 +226,18 @@ def silu_mul_linear(
             BLOCK_N=block_n,
             NORMED=eps is not None,
             DEPENDENT=dependent,
+            **config.options(dependent),
+        )
+    elif isinstance(config, ResidentConfig):
+        _resident_kernel[(triton.cdiv(n_size, config.BLOCK_N // 2),)](
+            x,
+            weight,
+            out,
+            n_size,
+            0.0 if eps is None else eps,
+            NORMED=eps is not None,
+            DEPENDENT=dependent,
+            **config.shape(rows, k_size),
             **config.options(dependent),
         )
     else:

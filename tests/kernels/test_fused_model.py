@@ -1,5 +1,7 @@
 """The fused model and the decode iteration of the CUDA graphs, against the plain model."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,8 @@ from executor_service.batch_state import FINISH_LENGTH, FINISH_NONE, FINISH_NOT_
 from executor_service.decode_graphs import DecodeGraphs, SamplingKind
 from executor_service.model_runner import ModelRunner
 from executor_service.plan_reader import AdmitOrder, ExecutorLimits, PlanOrder, SlotSampling
-from executor_service.slots import SlotTable
+from executor_service.prefill_graphs import PrefillGraphs, token_sizes
+from executor_service.slots import Chunk, SlotTable
 from nanovllm_core.attention import create_backend
 from nanovllm_core.config import ModelConfig
 from nanovllm_core.fused_model import FusedModel
@@ -55,6 +58,23 @@ class Engine:
         self.runner = ModelRunner(self.model, self.cache, self.attention, self.state)
 
     def admit(self, slot: int, tokens: list[int], blocks: list[int], limit: int = 60) -> None:
+        """Admits a sequence and computes its prompt."""
+        (chunk,) = self.occupy(slot, tokens, blocks, limit)
+        self.token = self.runner.run([chunk], [], self.slots).results()[0].item()
+        self.slots.complete_prefill(slot)
+
+    def occupy(
+        self,
+        slot: int,
+        tokens: list[int],
+        blocks: list[int],
+        limit: int = 60,
+        chunks: tuple[int, ...] = (),
+    ) -> list[Chunk]:
+        """Admits a sequence; returns its prompt in chunks of these lengths, as a whole by default.
+
+        Each chunk is of a plan of its own.
+        """
         order = AdmitOrder(
             slot=slot,
             token_ids=np.array(tokens, dtype=np.int32),
@@ -78,11 +98,13 @@ class Engine:
                 num_logprobs=-1,
             ),
         )
-        plan = PlanOrder(self.slots.applied_step_id + 1, [], [order], [], [(slot, len(tokens))])
-        chunks = self.slots.apply(plan)
         self.state.admit([order])
-        self.token = self.runner.run(chunks, [], self.slots).results()[0].item()
-        self.slots.complete_prefill(slot)
+        admits, taken = [order], []
+        for length in chunks or (len(tokens),):
+            step_id = self.slots.applied_step_id + 1
+            taken += self.slots.apply(PlanOrder(step_id, [], admits, [], [(slot, length)]))
+            admits = []
+        return taken
 
     def known(self, slot: int) -> list[int]:
         count = int(self.state.ints("num_tokens")[slot])
@@ -108,6 +130,52 @@ def test_decode_iterations_append_the_tokens_of_the_plain_model(checkpoint, devi
         graphs.iterate(2, list(SamplingKind)[step])
     for slot in slots:
         assert fused.known(slot) == plain.known(slot)
+
+
+def test_chunks_of_a_graph_fill_the_cache_and_leave_the_last_token_to_decoding(checkpoint, device):
+    plain = Engine(checkpoint, device, fused=False)
+    fused = Engine(checkpoint, device, fused=True)
+    prefill = PrefillGraphs(fused.model, fused.cache, fused.attention, fused.state)
+    decode = DecodeGraphs(fused.model, fused.cache, fused.attention, fused.state)
+    long, short, single = list(range(3, 43)), [7, 1, 200], [9]
+    for slot, (tokens, blocks) in {
+        0: (long, [5, 9, 2, 7]),
+        2: (short, [0, 11]),
+        3: (single, [4]),
+    }.items():
+        plain.admit(slot, tokens, blocks)
+    first, last = fused.occupy(0, long, [5, 9, 2, 7], chunks=(24, 16))
+    others = fused.occupy(2, short, [0, 11]) + fused.occupy(3, single, [4])
+
+    # A part of one prompt with all but the last tokens of two others, and then its rest.
+    prefill.iterate(prefill.stage([first, *others]))
+    assert fused.state.ints("num_computed")[:4].tolist() == [24, 0, 2, 0]
+    assert fused.state.ints("active")[:4].tolist() == [0, 0, 1, 1]
+    prefill.iterate(prefill.stage([last]))
+    assert fused.state.ints("num_computed")[0].item() == 39
+    decode.name_slots([0, 2, 3])
+    for step in range(2):
+        decode.iterate(4, SamplingKind.PLAIN)
+        if step:
+            plain.runner.run([], [0, 2, 3], plain.slots)
+    for slot in (0, 2, 3):
+        assert fused.known(slot) == plain.known(slot)
+
+
+def test_chunks_of_nothing_but_last_tokens_need_no_graph(checkpoint, device):
+    engine = Engine(checkpoint, device, fused=True)
+    prefill = PrefillGraphs(engine.model, engine.cache, engine.attention, engine.state)
+    assert prefill.stage(engine.occupy(1, [9], [4])) == 0
+    assert engine.state.ints("active")[1].item() == 1
+
+
+def test_sizes_of_prefills_grow_by_at_most_a_half_and_end_at_the_limit():
+    sizes = token_sizes(8192)
+    assert sizes[:4] == [16, 24, 32, 48]
+    assert sizes[-2:] == [6144, 8192]
+    assert all(2 * small < 3 * large <= 4.5 * small for small, large in pairwise(sizes))
+    assert token_sizes(700)[-2:] == [512, 700]
+    assert token_sizes(5) == [5]
 
 
 def test_rows_out_of_blocks_or_of_length_or_padding_do_not_run(checkpoint, device):

@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from nanovllm_core.kernels.checks import KernelInputError
-from nanovllm_core.kernels.launch import GemvConfig, TileConfig
+from nanovllm_core.kernels.launch import (
+    RMS_NORM_LINEAR,
+    GemvConfig,
+    ResidentConfig,
+    TileConfig,
+    choose,
+)
 from nanovllm_core.kernels.linear_residual import (
     linear_residual,
     linear_residual_reference,
@@ -26,6 +32,8 @@ TALL_TILES = TileConfig(block_m=32, block_n=32, block_k=64, num_warps=4, num_sta
 SHAPES = [
     pytest.param(1, 128, 40, None, id="one-row"),
     pytest.param(3, 96, 37, GemvConfig(block_n=4, num_warps=4), id="few-rows-ragged"),
+    pytest.param(3, 128, 37, ResidentConfig(groups=4, num_warps=4), id="resident-ragged"),
+    pytest.param(11, 96, 48, ResidentConfig(groups=8, num_warps=4), id="resident-many-rows"),
     pytest.param(9, 96, 37, SMALL_TILES, id="tile-ragged"),
     pytest.param(70, 80, 50, TALL_TILES, id="many-tiles-ragged"),
     pytest.param(20, 128, 64, None, id="table-tile"),
@@ -146,3 +154,18 @@ def test_large_rows_of_weight_still_fit_registers():
     assert config.fitted_block_n(1024) == 16
     assert config.fitted_block_n(4096) == 4
     assert config.fitted_block_n(1 << 20) == 1
+
+
+def test_weights_are_only_held_where_they_fit_and_tensor_cores_take_them():
+    assert isinstance(choose(RMS_NORM_LINEAR, 1, 1024, 2), GemvConfig)
+    assert isinstance(choose(RMS_NORM_LINEAR, 8, 1024, 2), ResidentConfig)
+    assert isinstance(choose(RMS_NORM_LINEAR, 8, 1024, 4), TileConfig)
+    assert isinstance(choose(RMS_NORM_LINEAR, 16, 8192, 2), TileConfig)
+    assert isinstance(choose(RMS_NORM_LINEAR, 8, 64, 2), TileConfig)
+    assert isinstance(choose(RMS_NORM_LINEAR, 17, 1024, 2), TileConfig)
+
+
+def test_more_rows_than_a_block_can_hold_beside_its_weights_are_refused(device):
+    x, weight, _ = random_operands(17, 128, 32, torch.float32, device)
+    with pytest.raises(KernelInputError, match="up to 16 rows, got 17"):
+        rms_norm_linear(x, weight, EPS, config=ResidentConfig(groups=4, num_warps=4))

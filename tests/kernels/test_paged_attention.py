@@ -1,5 +1,6 @@
 """Paged decode and prefill attention against float64, over shuffled blocks and NaN padding."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,7 +11,11 @@ from nanovllm_core.kernels.paged_decode import (
     paged_decode_attention,
     paged_decode_workspace_size,
 )
-from nanovllm_core.kernels.paged_prefill import paged_prefill_attention
+from nanovllm_core.kernels.paged_prefill import (
+    list_tiles,
+    paged_prefill_attention,
+    tokens_per_tile,
+)
 from nanovllm_core.kernels.workspace import Workspace
 from tests.kernels.support import DTYPES, assert_close, filled_cache
 
@@ -101,6 +106,9 @@ def test_prefill_matches_causal_softmax_over_the_cache(
     lens = torch.tensor(context_lens, dtype=torch.int32, device=device)
     query = (2 * torch.randn(sum(query_lens), num_heads, head_dim)).to(device, dtype)
     out = torch.full_like(query, float("nan"))
+    config = PrefillConfig(block_m, block_kv, num_warps=4, num_stages=2)
+    per_tile = tokens_per_tile(num_heads, num_kv_heads, config)
+    tiles = np.concatenate([list_tiles(query_lens, context_lens, per_tile), [[-1, -1]]])
     paged_prefill_attention(
         query,
         key,
@@ -108,13 +116,30 @@ def test_prefill_matches_causal_softmax_over_the_cache(
         tables,
         starts,
         lens,
-        max(query_lens),
+        torch.from_numpy(tiles).to(device, torch.int32),
         head_dim**-0.5,
         out=out,
-        config=PrefillConfig(block_m, block_kv, num_warps=4, num_stages=2),
+        config=config,
     )
     expected = paged_attention_reference(query, key, value, tables, starts, lens, head_dim**-0.5)
     assert_close(out, expected)
+
+
+def test_tiles_cover_every_query_token_once_and_begin_with_those_that_see_most():
+    tiles = list_tiles([40, 0, 17], [40, 5, 60], 16).tolist()
+    assert sorted(tiles) == [[0, 0], [0, 16], [0, 32], [2, 0], [2, 16]]
+    # Keys before each tile: 0, 16, 32 of the whole prompt, 43 and 59 of the later chunk.
+    assert tiles == [[2, 16], [2, 0], [0, 32], [0, 16], [0, 0]]
+
+
+def test_no_chunks_have_no_tiles():
+    assert list_tiles([], [], 16).shape == (0, 2)
+
+
+def test_more_query_heads_than_a_tile_has_rows_are_refused():
+    config = PrefillConfig(16, 16, num_warps=4, num_stages=2)
+    with pytest.raises(KernelInputError, match="got 17"):
+        tokens_per_tile(17, 1, config)
 
 
 @pytest.mark.parametrize("block_size", [8, 24])

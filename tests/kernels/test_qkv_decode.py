@@ -15,13 +15,18 @@ from tests.kernels.support import DTYPES, assert_close
 
 PAGE, KV_HEADS, GROUP = 16, 2, 2
 HEADS = KV_HEADS * GROUP
-CONFIGS = [DecodeConfig(16, 1, 2, target_blocks=1, max_splits=1), DecodeConfig(16, 1, 2, 64, 4)]
+CONFIGS = [
+    DecodeConfig(16, 1, 2, target_blocks=1, max_splits=1),
+    DecodeConfig(16, 1, 2, target_blocks=64, max_splits=4),
+    DecodeConfig(16, 1, 2, target_blocks=64, max_splits=4, early_tile=True),
+    DecodeConfig(32, 1, 2, target_blocks=1, max_splits=1, early_tile=True),
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [32, 48])
 @pytest.mark.parametrize("normed", [True, False])
-@pytest.mark.parametrize("config", CONFIGS, ids=["whole", "split"])
+@pytest.mark.parametrize("config", CONFIGS, ids=["whole", "split", "early-split", "early-whole"])
 def test_equals_rotation_then_attention(dtype, head_dim, normed, config, device):
     lens = [1, 16, 37, 0, 48]
     num_seqs = len(lens)
