@@ -140,13 +140,12 @@ def override(table: str, config: object) -> None:
 
 def tune(rows: int, context: int) -> Iterable[dict[str, Any]]:
     """Yields one row per configuration tried; leaves the winners in place."""
-    common: list[Any] = list(_GEMV) if rows <= launch.MAX_GEMV_ROWS else []
-    if 1 < rows <= launch.MAX_RESIDENT_ROWS:
-        common += launch.RESIDENT_CANDIDATES
+    gemv: list[Any] = list(_GEMV) if rows <= launch.MAX_GEMV_ROWS else []
+    normed = [*gemv, *(launch.RESIDENT_CANDIDATES if 1 < rows <= launch.MAX_RESIDENT_ROWS else ())]
     candidates: dict[str, list[Any]] = {
-        "RMS_NORM_LINEAR": common + (tiles(1, split=False) if rows > 2 else []),
-        "SILU_MUL_LINEAR": common + (tiles(2, split=False) if rows > 2 else []),
-        "LINEAR_RESIDUAL": common + (tiles(1, split=True) if rows > 2 else []),
+        "RMS_NORM_LINEAR": normed + (tiles(1, split=False) if rows > 2 else []),
+        "SILU_MUL_LINEAR": normed + (tiles(2, split=False) if rows > 2 else []),
+        "LINEAR_RESIDUAL": gemv + (tiles(1, split=True) if rows > 2 else []),
         "PAGED_DECODE": _DECODE,
     }
     step = DecodeStep(rows, context)

@@ -5,7 +5,8 @@ the device needs less than that for up to several thousand tokens. One graph per
 fills the cache for up to MAX_CHUNKS chunks of any lengths.
 
 Nothing is sampled here. The last token of a chunk that completes its sequence is left to the decode
-graph, in which the slot is a row like any other from then on.
+graph, in which the slot is a row like any other from then on. Where that token fills a block, it is
+computed here as well: another chunk of the same plan may build on the block.
 """
 
 from collections.abc import Sequence
@@ -116,10 +117,7 @@ class PrefillGraphs:
         torch.cuda.synchronize()
 
     def run(self, chunks: list[Chunk]) -> None:
-        """Computes the chunks, but for the last token of those that complete their sequence.
-
-        Their slots decode from now on.
-        """
+        """Computes the chunks; slots whose sequence is complete decode from their last token on."""
         for first in range(0, len(chunks), MAX_CHUNKS):
             size = self.stage(chunks[first : first + MAX_CHUNKS])
             if size:
@@ -131,7 +129,7 @@ class PrefillGraphs:
         Returns:
             The number of tokens of the graph to replay; 0 if no token is left for it.
         """
-        num_tokens = sum(_num_tokens(chunk) for chunk in chunks)
+        num_tokens = sum(self._num_tokens(chunk) for chunk in chunks)
         size = next(size for size in self._sizes if size >= num_tokens)
         indices = self._upload(size, chunks)
         start_slots(indices.chunk_slots, indices.num_computed, indices.decodes, self._slots)
@@ -169,6 +167,11 @@ class PrefillGraphs:
         self._attention.prepare(batch, self._cache)
         self._model.run_layers(hidden, batch, self._cache, self._attention)
 
+    def _num_tokens(self, chunk: Chunk) -> int:
+        """Tokens of the chunk that a graph computes."""
+        fills_block = chunk.end % self._cache.block_size == 0
+        return chunk.num_tokens - int(chunk.completes and not fills_block)
+
     def _upload(self, size: int, chunks: list[Chunk]) -> _Indices:
         staged = torch.zeros(
             self._array_size(size), dtype=torch.int32, pin_memory=self._array.is_cuda
@@ -178,14 +181,15 @@ class PrefillGraphs:
         return self._indices(self._array, size)
 
     def _fill(self, indices: _Indices, chunks: list[Chunk]) -> None:
-        counts = [_num_tokens(chunk) for chunk in chunks]
+        counts = [self._num_tokens(chunk) for chunk in chunks]
         ends = [chunk.start + count for chunk, count in zip(chunks, counts, strict=True)]
+        num_computed = [chunk.end - int(chunk.completes) for chunk in chunks]
         slots = [chunk.slot for chunk in chunks]
         _put(indices.token_slots, np.repeat(slots, counts), self._state.dummy_row)
         positions = [range(end - count, end) for end, count in zip(ends, counts, strict=True)]
         _put(indices.token_positions, list(chain.from_iterable(positions)), -1)
         _put(indices.chunk_slots, slots, self._state.dummy_row)
-        _put(indices.num_computed, ends, 0)
+        _put(indices.num_computed, num_computed, 0)
         _put(indices.decodes, [chunk.completes for chunk in chunks], 0)
         _put(indices.context_lens, ends, 0)
         starts = np.cumsum([0, *counts])
@@ -202,10 +206,6 @@ class PrefillGraphs:
 
     def _array_size(self, size: int) -> int:
         return 2 * size + 5 * MAX_CHUNKS + 1 + 2 * self._num_tiles(size)
-
-
-def _num_tokens(chunk: Chunk) -> int:
-    return chunk.num_tokens - int(chunk.completes)
 
 
 def _put(view: Tensor, values: Sequence[int] | npt.NDArray, padding: int) -> None:

@@ -11,7 +11,7 @@ import grpc
 from executor_service.engine_factory import Engine
 from executor_service.metrics import ExecutorMetrics
 from executor_service.plan_reader import PlanError, read_plan
-from executor_service.session import EndReason, Session
+from executor_service.session import EndReason, Session, SessionOptions
 from executor_service.worker import CloseSession, OpenSession, QueuedPlan, Worker
 from nanovllm.logs import fields
 from nanovllm.v1 import executor_pb2, executor_pb2_grpc
@@ -120,7 +120,10 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
         start = first.start_session
         session = Session(
             start.session_id,
-            start.heartbeat_interval_ms / 1000 if start.heartbeat_interval_ms else None,
+            SessionOptions(
+                start.heartbeat_interval_ms / 1000 if start.heartbeat_interval_ms else None,
+                start.max_messages_in_flight or None,
+            ),
             self._metrics.results_queue_delay.observe,
         )
         self._worker.submit(OpenSession(session))
@@ -134,7 +137,12 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
         message = "the stream was closed"
         try:
             for request in request_iterator:
-                if request.WhichOneof("message") != "plan":
+                if request.num_messages_taken:
+                    session.acknowledge(request.num_messages_taken)
+                message_kind = request.WhichOneof("message")
+                if message_kind is None and request.num_messages_taken:
+                    continue
+                if message_kind != "plan":
                     raise PlanError("only plans may follow StartSession")
                 plan = read_plan(request.plan, self._engine.limits)
                 self._worker.submit(QueuedPlan(session, plan, time.monotonic()))

@@ -4,9 +4,9 @@ Choices depend on host-known shapes only, so that a captured CUDA graph always r
 was captured with. `*_CANDIDATES` are what `python -m benchmarks.kernels --sweep` tries; the tables
 hold what is used.
 
-On an H100 with torch 2.11 and Triton 3.6, entries for 1 and 8 rows won `benchmarks.tune_decode`,
-which times whole decode steps, and those for 16 to 64 rows `benchmarks.kernels --sweep`, which
-times single kernels. The others were derived by counting:
+On an H100 with torch 2.11 and Triton 3.6, entries for up to 64 rows won in whole decode steps
+(`benchmarks.tune_decode` and tries like it), those of decode attention above in batches of lengths
+as bench256 has them. The others were derived by counting:
 
 - A 132-multiprocessor H100 needs about 16 KiB of loads in flight on each (3 TB/s times 600 ns of
   latency, by Little's law), better twice that; a block of a FMA kernel issues all its weight loads
@@ -18,7 +18,7 @@ times single kernels. The others were derived by counting:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import triton
 
@@ -43,6 +43,18 @@ MAX_LM_HEAD_ROWS = 4
 
 # Weight elements that one thread of a FMA kernel may hold: 128 bf16 elements are 64 registers.
 _MAX_GEMV_ELEMENTS_PER_THREAD = 128
+
+
+def cut_in_powers(k_size: int) -> tuple[int, int]:
+    """K as two powers of two that hold it, the second of which may be 0: 3072 is 2048 and 1024.
+
+    A single one would waste up to half of the registers that hold weights.
+    """
+    if k_size & (k_size - 1) == 0:
+        return k_size, 0
+    main = 1 << (k_size.bit_length() - 1)
+    rest = triton.next_power_of_2(k_size - main)
+    return (main, rest) if rest < main else (2 * main, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +204,7 @@ class LmHeadConfig:
 
 
 Table = Sequence[tuple[int, LinearConfig]]
+_Config = TypeVar("_Config", bound=LinearConfig)
 
 
 def launch_options(num_warps: int, num_stages: int, dependent: bool) -> dict[str, object]:
@@ -207,7 +220,7 @@ def choose_decode(num_seqs: int) -> DecodeConfig:
     return next(config for max_seqs, config in PAGED_DECODE if num_seqs <= max_seqs)
 
 
-def choose(table: Table, rows: int, k_size: int, itemsize: int) -> LinearConfig:
+def choose(table: Sequence[tuple[int, _Config]], rows: int, k_size: int, itemsize: int) -> _Config:
     """The first entry whose row limit holds `rows` and whose blocks can hold K columns of the type.
 
     The last entry holds anything.
@@ -222,7 +235,7 @@ def choose(table: Table, rows: int, k_size: int, itemsize: int) -> LinearConfig:
 
 # (rows up to, configuration)
 RMS_NORM_LINEAR: Table = (
-    (1, GemvConfig(block_n=4, num_warps=1)),
+    (1, GemvConfig(block_n=16, num_warps=8)),
     (MAX_RESIDENT_ROWS, ResidentConfig(groups=8, num_warps=4)),
     (16, TileConfig(block_m=16, block_n=32, block_k=128, num_warps=4, num_stages=4)),
     (32, TileConfig(block_m=32, block_n=32, block_k=128, num_warps=4, num_stages=4)),
@@ -244,9 +257,8 @@ SILU_MUL_LINEAR: Table = (
 
 # N is the hidden size, so tiles are few: the FMA kernel takes few rows of the weight per block and
 # the tensor-core kernel splits K.
-LINEAR_RESIDUAL: Table = (
-    (1, GemvConfig(block_n=8, num_warps=4)),
-    (8, ResidentConfig(groups=32, num_warps=16)),
+LINEAR_RESIDUAL: Sequence[tuple[int, GemvConfig | TileConfig]] = (
+    (4, GemvConfig(block_n=4, num_warps=4)),
     (16, TileConfig(block_m=16, block_n=32, block_k=128, num_warps=4, num_stages=4, split_k=8)),
     (32, TileConfig(block_m=32, block_n=16, block_k=256, num_warps=4, num_stages=3, split_k=4)),
     (64, TileConfig(block_m=64, block_n=16, block_k=128, num_warps=4, num_stages=4, split_k=4)),
@@ -257,9 +269,13 @@ LINEAR_RESIDUAL: Table = (
 # (sequences up to, configuration). Few sequences want small tiles: the context is spread over
 # many multiprocessors, and the splits do not outnumber the tiles of a short one.
 PAGED_DECODE: Sequence[tuple[int, DecodeConfig]] = (
-    (2, DecodeConfig(32, 2, num_stages=2, target_blocks=256, max_splits=32, early_tile=True)),
-    (16, DecodeConfig(32, 2, num_stages=3, target_blocks=512, max_splits=64, early_tile=True)),
-    (1 << 31, DecodeConfig(32, num_warps=1, num_stages=3, target_blocks=1024, max_splits=8)),
+    (1, DecodeConfig(32, 1, num_stages=1, target_blocks=256, max_splits=32, early_tile=True)),
+    (2, DecodeConfig(16, 1, num_stages=2, target_blocks=256, max_splits=32, early_tile=True)),
+    (8, DecodeConfig(64, 2, num_stages=1, target_blocks=512, max_splits=64, early_tile=True)),
+    (16, DecodeConfig(32, 1, num_stages=3, target_blocks=1024, max_splits=64, early_tile=True)),
+    (64, DecodeConfig(32, num_warps=1, num_stages=3, target_blocks=512, max_splits=8)),
+    (96, DecodeConfig(32, num_warps=1, num_stages=3, target_blocks=1024, max_splits=2)),
+    (1 << 31, DecodeConfig(64, num_warps=2, num_stages=2, target_blocks=1, max_splits=1)),
 )
 PAGED_PREFILL = PrefillConfig(block_m=128, block_kv=64, num_warps=8, num_stages=3)
 # One or two rows; three to MAX_LM_HEAD_ROWS.

@@ -28,16 +28,12 @@ from nanovllm_core.kernels.device import (
     fence_weight_loads,
     launch_next,
     start_dependents,
-    wait_for_previous,
 )
-from nanovllm_core.kernels.launch import GemvConfig, LinearConfig, ResidentConfig, TileConfig
+from nanovllm_core.kernels.launch import GemvConfig, TileConfig
 from nanovllm_core.kernels.linear_tiles import (
-    load_activation_groups,
     load_activation_row,
     load_tile,
-    load_weight_groups,
     load_weight_rows,
-    multiply_groups,
     multiply_rows,
     tile_position,
 )
@@ -51,47 +47,26 @@ def _gemv_kernel(
     residual_ptr,
     n_size,
     K: tl.constexpr,
-    K_PADDED: tl.constexpr,
+    K_MAIN: tl.constexpr,
+    K_REST: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = columns < n_size
-    w = load_weight_rows(w_ptr, columns, n_size, K, K_PADDED)
+    w = load_weight_rows(w_ptr, columns, n_size, 0, K, K_MAIN)
+    if K_REST > 0:
+        w_rest = load_weight_rows(w_ptr, columns, n_size, K_MAIN, K, K_REST)
     launch_next(DEPENDENT)
     fence_weight_loads(DEPENDENT)
     for row in tl.static_range(ROWS):
-        x = load_activation_row(x_ptr, row, K, K_PADDED)
         target = residual_ptr + row * n_size + columns
-        y = multiply_rows(w, x) + tl.load(target, mask=inside, other=0.0).to(tl.float32)
+        y = tl.load(target, mask=inside, other=0.0).to(tl.float32)
+        y += multiply_rows(w, load_activation_row(x_ptr, row, 0, K, K_MAIN))
+        if K_REST > 0:
+            y += multiply_rows(w_rest, load_activation_row(x_ptr, row, K_MAIN, K, K_REST))
         tl.store(target, y.to(residual_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _resident_kernel(
-    x_ptr,
-    w_ptr,
-    residual_ptr,
-    n_size,
-    K: tl.constexpr,
-    GROUPS: tl.constexpr,
-    GROUP_K: tl.constexpr,
-    ROWS: tl.constexpr,
-    ROWS_PADDED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):
-    launch_next(DEPENDENT)
-    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows = tl.arange(0, ROWS_PADDED)
-    w = load_weight_groups(w_ptr, columns, n_size, K, GROUPS, GROUP_K)
-    wait_for_previous(DEPENDENT)
-    x = load_activation_groups(x_ptr, rows, ROWS, K, GROUPS, GROUP_K)
-    target = residual_ptr + rows[None, :] * n_size + columns[:, None]
-    mask = (rows < ROWS)[None, :] & (columns < n_size)[:, None]
-    y = multiply_groups(w, x) + tl.load(target, mask=mask, other=0.0).to(tl.float32)
-    tl.store(target, y.to(residual_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -156,8 +131,8 @@ def linear_residual_workspace_size(rows: int, n_size: int) -> tuple[int, int]:
     return _workspace_size(rows, n_size, tiled)
 
 
-def _workspace_size(rows: int, n_size: int, config: LinearConfig) -> tuple[int, int]:
-    if not isinstance(config, TileConfig) or config.split_k == 1:
+def _workspace_size(rows: int, n_size: int, config: GemvConfig | TileConfig) -> tuple[int, int]:
+    if isinstance(config, GemvConfig) or config.split_k == 1:
         return 0, 0
     tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(n_size, config.block_n)
     return tiles * config.split_k * config.block_m * config.block_n, tiles
@@ -169,7 +144,7 @@ def linear_residual(
     residual: Tensor,
     workspace: Workspace | None = None,
     *,
-    config: LinearConfig | None = None,
+    config: GemvConfig | TileConfig | None = None,
     dependent: bool = False,
 ) -> None:
     """residual += x @ weight^T, in place.
@@ -197,29 +172,19 @@ def linear_residual(
     if config is None:
         config = launch.choose(launch.LINEAR_RESIDUAL, rows, k_size, x.element_size())
     if isinstance(config, GemvConfig):
-        k_padded = triton.next_power_of_2(k_size)
-        block_n = config.fitted_block_n(k_padded)
+        k_main, k_rest = launch.cut_in_powers(k_size)
+        block_n = config.fitted_block_n(k_main + k_rest)
         _gemv_kernel[(triton.cdiv(n_size, block_n),)](
             x,
             weight,
             residual,
             n_size,
             K=k_size,
-            K_PADDED=k_padded,
+            K_MAIN=k_main,
+            K_REST=k_rest,
             ROWS=rows,
             BLOCK_N=block_n,
             DEPENDENT=dependent,
-            **config.options(dependent),
-        )
-        return
-    if isinstance(config, ResidentConfig):
-        _resident_kernel[(triton.cdiv(n_size, config.BLOCK_N),)](
-            x,
-            weight,
-            residual,
-            n_size,
-            DEPENDENT=dependent,
-            **config.shape(rows, k_size),
             **config.options(dependent),
         )
         return

@@ -11,13 +11,15 @@ import triton.language as tl
 
 
 @triton.jit
-def load_weight_rows(w_ptr, rows, row_limit, K: tl.constexpr, K_PADDED: tl.constexpr):
-    """Whole weight rows: [len(rows), K_PADDED], zero past K and past row_limit.
+def load_weight_rows(
+    w_ptr, rows, row_limit, START: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Columns START and up of weight rows of K: [len(rows), WIDTH], zero outside.
 
     Weights are used once per step and pass through the L2 cache first-out, so that activations and
     the small tensors stay in it.
     """
-    columns = tl.arange(0, K_PADDED)
+    columns = START + tl.arange(0, WIDTH)
     return tl.load(
         w_ptr + rows.to(tl.int64)[:, None] * K + columns[None, :],
         mask=(rows < row_limit)[:, None] & (columns < K)[None, :],
@@ -27,9 +29,9 @@ def load_weight_rows(w_ptr, rows, row_limit, K: tl.constexpr, K_PADDED: tl.const
 
 
 @triton.jit
-def load_activation_row(x_ptr, row, K: tl.constexpr, K_PADDED: tl.constexpr):
-    """Row of x as float32 [K_PADDED], zero past K."""
-    columns = tl.arange(0, K_PADDED)
+def load_activation_row(x_ptr, row, START: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr):
+    """Columns START and up of a row of x, as float32 [WIDTH], zero past K."""
+    columns = START + tl.arange(0, WIDTH)
     return tl.load(x_ptr + row * K + columns, mask=columns < K, other=0.0).to(tl.float32)
 
 

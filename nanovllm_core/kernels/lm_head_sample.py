@@ -72,12 +72,12 @@ def _lm_head_kernel(
     for block in range(BLOCKS):
         first = (program * BLOCKS + block) * BLOCK_N
         ids = first + tl.arange(0, BLOCK_N)
-        w = load_weight_rows(w_ptr, ids, vocab_size, K, K_PADDED)
+        w = load_weight_rows(w_ptr, ids, vocab_size, 0, K, K_PADDED)
         # Rows are collected into one small matrix, so that the race's arithmetic is spread over the
         # threads: each row's sums alone are held by all threads alike.
         logits = tl.zeros([ROWS_PADDED, BLOCK_N], dtype=tl.float32)
         for row in tl.static_range(ROWS):
-            x = load_activation_row(x_ptr, row, K, K_PADDED)
+            x = load_activation_row(x_ptr, row, 0, K, K_PADDED)
             if NORMED:
                 scale = inverse_rms(x, eps, K)
                 norm_weight = tl.load(norm_weight_ptr + columns, mask=columns < K, other=0.0)

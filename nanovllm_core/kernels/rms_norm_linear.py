@@ -71,12 +71,12 @@ def _gemv_kernel(
 ):
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = columns < n_size
-    w = load_weight_rows(w_ptr, columns, n_size, K, K_PADDED)
+    w = load_weight_rows(w_ptr, columns, n_size, 0, K, K_PADDED)
     fence_weight_loads(DEPENDENT)
     # Not before the wait: attention reads the cache, which older kernels wrote, before its own.
     launch_next(DEPENDENT)
     for row in tl.static_range(ROWS):
-        x = load_activation_row(x_ptr, row, K, K_PADDED)
+        x = load_activation_row(x_ptr, row, 0, K, K_PADDED)
         y = multiply_rows(w, x) * inverse_rms(x, eps, K)
         if HAS_BIAS:
             y += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)

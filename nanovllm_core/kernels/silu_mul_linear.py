@@ -61,12 +61,12 @@ def _gemv_kernel(
 ):
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = columns < n_size
-    w_gate = load_weight_rows(w_ptr, columns, n_size, K, K_PADDED)
-    w_up = load_weight_rows(w_ptr + n_size.to(tl.int64) * K, columns, n_size, K, K_PADDED)
+    w_gate = load_weight_rows(w_ptr, columns, n_size, 0, K, K_PADDED)
+    w_up = load_weight_rows(w_ptr + n_size.to(tl.int64) * K, columns, n_size, 0, K, K_PADDED)
     launch_next(DEPENDENT)
     fence_weight_loads(DEPENDENT)
     for row in tl.static_range(ROWS):
-        x = load_activation_row(x_ptr, row, K, K_PADDED)
+        x = load_activation_row(x_ptr, row, 0, K, K_PADDED)
         gate = multiply_rows(w_gate, x)
         up = multiply_rows(w_up, x)
         if NORMED:

@@ -32,6 +32,10 @@ logger = logging.getLogger(__name__)
 _MIN_BACKOFF_S = 0.1
 _MAX_BACKOFF_S = 0.5
 _CALL_TIMEOUT_S = 5.0
+# Messages with results that the executor may have sent and this process has not taken in. Every
+# second one is acknowledged: two on their way keep results coming while one is taken in.
+_MAX_MESSAGES_IN_FLIGHT = 4
+_MESSAGES_PER_ACKNOWLEDGEMENT = 2
 
 
 ExecuteCall: TypeAlias = grpc.aio.StreamStreamCall
@@ -82,6 +86,9 @@ class ExecutorLink:
         self.info: executor_pb2.GetExecutorInfoResponse | None = None
         self._outbox: deque[Plan] = deque()
         self._outbox_filled = asyncio.Event()
+        # Messages with results in this session.
+        self._num_messages_taken = 0
+        self._num_messages_acknowledged = 0
         # Taking the executor back from the scheduler that took it would never end.
         self._is_fenced = False
 
@@ -175,6 +182,7 @@ class ExecutorLink:
             expected_epoch=epoch,
             session_id=secrets.randbits(64),
             heartbeat_interval_ms=max(1, int(self._settings.liveness.heartbeat_interval_s * 1000)),
+            max_messages_in_flight=_MAX_MESSAGES_IN_FLIGHT,
         )
         async with _limit(_CALL_TIMEOUT_S, "did not answer StartSession"):
             await _write(call, executor_pb2.ExecuteRequest(start_session=start))
@@ -192,6 +200,7 @@ class ExecutorLink:
     ) -> None:
         self.info = info
         self._outbox.clear()
+        self._num_messages_taken = self._num_messages_acknowledged = 0
         liveness = ExecutorLiveness(self._settings.liveness, time.monotonic())
         trips = RoundTrips(self._metrics.executor_round_trip.observe)
         self._engine.on_connected(_capacity(info), self._send)
@@ -230,11 +239,19 @@ class ExecutorLink:
         while True:
             await self._outbox_filled.wait()
             self._outbox_filled.clear()
-            while self._outbox:
-                plan = encode_plan(self._outbox.popleft())
-                self._metrics.plans.inc()
-                trips.sent(plan.step_id, time.monotonic())
-                await _write(call, executor_pb2.ExecuteRequest(plan=plan))
+            while self._outbox or self._owes_acknowledgement:
+                request = executor_pb2.ExecuteRequest(num_messages_taken=self._num_messages_taken)
+                self._num_messages_acknowledged = self._num_messages_taken
+                if self._outbox:
+                    request.plan.CopyFrom(encode_plan(self._outbox.popleft()))
+                    self._metrics.plans.inc()
+                    trips.sent(request.plan.step_id, time.monotonic())
+                await _write(call, request)
+
+    @property
+    def _owes_acknowledgement(self) -> bool:
+        num_taken = self._num_messages_taken - self._num_messages_acknowledged
+        return num_taken >= _MESSAGES_PER_ACKNOWLEDGEMENT
 
     async def _read_results(
         self, call: ExecuteCall, liveness: ExecutorLiveness, trips: RoundTrips
@@ -255,6 +272,9 @@ class ExecutorLink:
                     order.check(result)
                     trips.acknowledged(result.applied_step_id, now_s)
                 self._engine.on_results(results)
+                self._num_messages_taken += 1
+                if self._owes_acknowledgement:
+                    self._outbox_filled.set()
             except (WireError, ResultOrderError, ExecutorProtocolError) as error:
                 raise SessionEndedError(
                     f"broke the protocol: {error}", SessionEnd.PROTOCOL

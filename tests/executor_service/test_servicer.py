@@ -118,6 +118,23 @@ def test_the_description_is_that_of_the_engine(server: Server, engine: Engine):
     assert (info.dtype, info.device, info.attention_backend) == ("float32", "cpu", "torch")
 
 
+def test_results_come_as_the_scheduler_takes_them_in(server: Server):
+    stream = Stream(server).start(server.epoch, max_messages_in_flight=1, heartbeat_interval_ms=50)
+    stream.plan(Plan(1, admits=[admit(0, [1, 2, 3], [4, 5], max_total_tokens=8)], chunks=[(0, 3)]))
+    first = next(stream.call).step_results.results
+    num_tokens = len(first)
+    # Whatever comes without an acknowledgement is a heartbeat.
+    assert next(stream.call).WhichOneof("message") == "heartbeat"
+    num_messages = 1
+    while num_tokens < 5:
+        stream.send(num_messages_taken=num_messages)
+        response = next(stream.call)
+        if response.HasField("step_results"):
+            num_messages += 1
+            num_tokens += len(response.step_results.results)
+    stream.end()
+
+
 def test_a_session_generates_from_plans_on_one_stream(server: Server):
     stream = Stream(server).start(server.epoch)
     stream.plan(Plan(1, admits=[admit(0, [1, 2, 3], [4, 5], max_total_tokens=8)], chunks=[(0, 3)]))

@@ -1,6 +1,6 @@
 """What a session's sender sees."""
 
-from executor_service.session import EndReason, Session
+from executor_service.session import EndReason, Session, SessionOptions
 from nanovllm.v1 import executor_pb2
 
 
@@ -48,13 +48,39 @@ def test_the_first_reason_counts():
 
 
 def test_a_session_without_results_yields_an_empty_message_when_a_heartbeat_is_due():
-    session = Session(1, heartbeat_interval_s=0.01)
+    session = Session(1, SessionOptions(heartbeat_interval_s=0.01))
     assert iterations(session.take()) == []
     session.put(result(3))
     assert iterations(session.take()) == [3]
     assert iterations(session.take()) == []
     assert session.num_iterations == 3
     session.end(EndReason.CLOSED, "closed")
+    assert session.take() is None
+
+
+def test_results_wait_for_the_scheduler_to_take_in_those_on_their_way():
+    session = Session(1, SessionOptions(heartbeat_interval_s=0.01, max_messages_in_flight=2))
+    for iteration in (1, 2):
+        session.put(result(iteration))
+        assert iterations(session.take()) == [iteration]
+    for iteration in (3, 4, 5):
+        session.put(result(iteration))
+    assert iterations(session.take()) == []
+    session.acknowledge(1)
+    assert iterations(session.take()) == [3, 4, 5]
+    session.put(result(6))
+    assert iterations(session.take()) == []
+    session.acknowledge(3)
+    assert iterations(session.take()) == [6]
+
+
+def test_a_session_that_ended_sends_its_last_results_whatever_is_on_its_way():
+    session = Session(1, SessionOptions(max_messages_in_flight=1))
+    session.put(result(1))
+    assert iterations(session.take()) == [1]
+    session.put(result(2))
+    session.end(EndReason.SHUTDOWN, "the executor is shutting down")
+    assert iterations(session.take()) == [2]
     assert session.take() is None
 
 

@@ -70,6 +70,7 @@ class Engine:
         blocks: list[int],
         limit: int = 60,
         chunks: tuple[int, ...] = (),
+        num_cached: int = 0,
     ) -> list[Chunk]:
         """Admits a sequence; returns its prompt in chunks of these lengths, as a whole by default.
 
@@ -79,7 +80,7 @@ class Engine:
             slot=slot,
             token_ids=np.array(tokens, dtype=np.int32),
             block_ids=np.array(blocks, dtype=np.int32),
-            num_cached_tokens=0,
+            num_cached_tokens=num_cached,
             num_prompt_tokens=len(tokens),
             max_total_tokens=limit,
             min_total_tokens=0,
@@ -100,7 +101,7 @@ class Engine:
         )
         self.state.admit([order])
         admits, taken = [order], []
-        for length in chunks or (len(tokens),):
+        for length in chunks or (len(tokens) - num_cached,):
             step_id = self.slots.applied_step_id + 1
             taken += self.slots.apply(PlanOrder(step_id, [], admits, [], [(slot, length)]))
             admits = []
@@ -160,6 +161,32 @@ def test_chunks_of_a_graph_fill_the_cache_and_leave_the_last_token_to_decoding(c
             plain.runner.run([], [0, 2, 3], plain.slots)
     for slot in (0, 2, 3):
         assert fused.known(slot) == plain.known(slot)
+
+
+def test_a_chunk_may_build_on_a_block_that_another_of_the_same_plan_fills(tmp_path, device):
+    # Two layers: keys and values of the first depend on no attention.
+    checkpoint = make_checkpoint(tmp_path, "qwen3", num_layers=2)
+    plain = Engine(checkpoint, device, fused=False)
+    fused = Engine(checkpoint, device, fused=True)
+    prefill = PrefillGraphs(fused.model, fused.cache, fused.attention, fused.state)
+    decode = DecodeGraphs(fused.model, fused.cache, fused.attention, fused.state)
+    whole = list(range(3, 3 + BLOCK_SIZE))
+    longer = [*whole, 90, 91, 92]
+    plain.admit(0, whole, [5, 9])
+    plain.admit(1, longer, [2, 7])
+    for cache in (fused.cache.key, fused.cache.value):
+        cache.fill_(float("nan"))  # what is read before it is written shows
+    chunks = fused.occupy(0, whole, [5, 9])
+    chunks += fused.occupy(1, longer, [5, 7], num_cached=BLOCK_SIZE)
+    prefill.iterate(prefill.stage(chunks))
+    decode.name_slots([0, 1])
+    for step in range(2):
+        decode.iterate(2, SamplingKind.PLAIN)
+        if step:
+            plain.runner.run([], [0, 1], plain.slots)
+    assert fused.known(0) == plain.known(0)
+    assert fused.known(1) == plain.known(1)
+    assert fused.state.ints("num_computed")[:2].tolist() == [BLOCK_SIZE + 1, len(longer) + 1]
 
 
 def test_chunks_of_nothing_but_last_tokens_need_no_graph(checkpoint, device):

@@ -83,7 +83,7 @@ def test_silu_mul_linear_matches_its_parts(rows, k_size, n_size, config, normed,
 
 
 RESIDUAL_SHAPES = [
-    *SHAPES,
+    *(shape for shape in SHAPES if not isinstance(shape.values[-1], ResidentConfig)),
     pytest.param(
         33, 200, 37, TileConfig(16, 16, 32, num_warps=4, num_stages=3, split_k=4), id="split-k"
     ),
