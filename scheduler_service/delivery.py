@@ -1,4 +1,4 @@
-"""Telling requests of new tokens, a few in each turn of the event loop."""
+"""Telling requests of new tokens, one in each turn of the event loop."""
 
 import asyncio
 from collections import deque
@@ -16,10 +16,9 @@ class DeliveryQueue:
     """Wakes readers in order, on the running event loop.
 
     A reader that was told makes and writes a delta at once; with hundreds in the same turn, results
-    and plans would wait for all of them.
+    and plans would wait for all of them. Accepting a call takes gRPC several turns, so that even
+    with a few in each, the last of many calls that come at once would be accepted seconds late.
     """
-
-    _READERS_PER_TURN = 4
 
     def __init__(self) -> None:
         self._waiting: deque[Reader] = deque()
@@ -34,9 +33,8 @@ class DeliveryQueue:
         self._waiting.append(reader)
 
     def _deliver(self) -> None:
-        for _ in range(min(self._READERS_PER_TURN, len(self._waiting))):
-            reader = self._waiting.popleft()
-            reader.is_queued = False
-            reader.changed.set()
+        reader = self._waiting.popleft()
+        reader.is_queued = False
+        reader.changed.set()
         if self._waiting:
             asyncio.get_running_loop().call_soon(self._deliver)

@@ -235,7 +235,7 @@ def choose(table: Sequence[tuple[int, _Config]], rows: int, k_size: int, itemsiz
 
 # (rows up to, configuration)
 RMS_NORM_LINEAR: Table = (
-    (1, GemvConfig(block_n=16, num_warps=8)),
+    (1, GemvConfig(block_n=4, num_warps=1)),
     (MAX_RESIDENT_ROWS, ResidentConfig(groups=8, num_warps=4)),
     (16, TileConfig(block_m=16, block_n=32, block_k=128, num_warps=4, num_stages=4)),
     (32, TileConfig(block_m=32, block_n=32, block_k=128, num_warps=4, num_stages=4)),
@@ -258,6 +258,7 @@ SILU_MUL_LINEAR: Table = (
 # N is the hidden size, so tiles are few: the FMA kernel takes few rows of the weight per block and
 # the tensor-core kernel splits K.
 LINEAR_RESIDUAL: Sequence[tuple[int, GemvConfig | TileConfig]] = (
+    (1, GemvConfig(block_n=8, num_warps=4)),
     (4, GemvConfig(block_n=4, num_warps=4)),
     (16, TileConfig(block_m=16, block_n=32, block_k=128, num_warps=4, num_stages=4, split_k=8)),
     (32, TileConfig(block_m=32, block_n=16, block_k=256, num_warps=4, num_stages=3, split_k=4)),
