@@ -18,6 +18,7 @@ from benchmarks.executor_counters import ExecutorCounters
 from benchmarks.machine import describe_machine, machine_line
 from benchmarks.options import add_engine_options, add_workload_options, workloads
 from benchmarks.report import RequestsFailedError, Result, Run, check_run, format_table, write_json
+from benchmarks.simulated_executor import create_simulated_engine
 from benchmarks.workloads import Workload
 from executor_service.engine_factory import Engine, create_engine
 from executor_service.metrics import ExecutorMetrics
@@ -129,7 +130,7 @@ class InProcessEngine:
 
 
 def load_engine(options: argparse.Namespace) -> tuple[Engine, SchedulerPolicy]:
-    """What --model, --executor-arg and --scheduler-arg ask for.
+    """What --model, --simulated-device, --executor-arg and --scheduler-arg ask for.
 
     Raises:
         ModelNotFoundError: There is no such model.
@@ -137,7 +138,8 @@ def load_engine(options: argparse.Namespace) -> tuple[Engine, SchedulerPolicy]:
     """
     executor = ExecutorSettings.from_arguments(["--model", options.model, *options.executor_arg])
     scheduler = SchedulerSettings.from_arguments(["--model", options.model, *options.scheduler_arg])
-    return create_engine(resolve_model(options.model), executor), scheduler.policy()
+    make_engine = create_simulated_engine if options.simulated_device else create_engine
+    return make_engine(resolve_model(options.model), executor), scheduler.policy()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

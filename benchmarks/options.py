@@ -36,8 +36,13 @@ def add_workload_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
-    """Adds --model, --executor-arg and --scheduler-arg."""
+    """Adds --model, --simulated-device, --executor-arg and --scheduler-arg."""
     parser.add_argument("--model", default="smollm2-135m-instruct", metavar="M")
+    parser.add_argument(
+        "--simulated-device",
+        action="store_true",
+        help="run no model: a device that only takes time, see benchmarks/simulated_executor.py",
+    )
     parser.add_argument(
         "--executor-arg",
         action="append",

@@ -47,6 +47,8 @@ def measure(module: str, options: argparse.Namespace) -> dict[str, Any]:
             ("--scheduler-arg", options.scheduler_arg),
         ):
             command += [f"{flag}={value}" for value in values]
+        if options.simulated_device:
+            command.append("--simulated-device")
         if options.no_warm_up:
             command.append("--no-warm-up")
         if options.no_text and module == _GRPC:

@@ -21,7 +21,7 @@ from benchmarks.report import RequestsFailedError, Result, format_table, write_j
 from benchmarks.through_grpc import measure
 from nanovllm.errors import NanovllmError
 from nanovllm.model_store import ModelNotFoundError
-from nanovllm.services import LocalServices, ServiceStartError
+from nanovllm.services import EXECUTOR_MODULE, LocalServices, ServiceStartError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,6 +92,9 @@ def _measure(options: argparse.Namespace) -> tuple[list[Result], dict[str, Any]]
         scheduler_args=options.scheduler_arg,
         listen="tcp",
         metrics=True,
+        executor_module="benchmarks.simulated_executor"
+        if options.simulated_device
+        else EXECUTOR_MODULE,
     ) as services:
         return asyncio.run(measure(services.address, options, services.executor.metrics_url))
 

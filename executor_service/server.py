@@ -2,13 +2,16 @@
 
 import logging
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeAlias
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from executor_service.engine_factory import create_engine
+from executor_service.engine_factory import Engine, create_engine
 from executor_service.error_guard import ErrorGuard
 from executor_service.metrics import ExecutorMetrics
 from executor_service.servicer import ExecutorServicer
@@ -38,11 +41,13 @@ _NUM_GRPC_THREADS = 16
 _STOP_GRACE_S = 2.0
 # Longer than any iteration takes; a device that hangs does not keep the process alive.
 _WORKER_STOP_S = 20.0
+# From a model's directory and the settings to what serves it.
+MakeEngine: TypeAlias = Callable[[Path, ExecutorSettings], Engine]
 # Exit code after a device error: the supervisor is to start a new process.
 EXIT_DEVICE_FAILED = 3
 
 
-def serve(settings: ExecutorSettings) -> int:
+def serve(settings: ExecutorSettings, make_engine: MakeEngine = create_engine) -> int:
     """Serves until SIGTERM or SIGINT; returns the exit code. Raises StartupError."""
     tls = server_tls(settings)
     # Whoever reaches an executor can steer it: encryption alone is not enough.
@@ -69,7 +74,7 @@ def serve(settings: ExecutorSettings) -> int:
     metrics = ExecutorMetrics(model_name(settings.model))
     serve_metrics(metrics.registry, settings.metrics_host, settings.metrics_port)
 
-    engine = create_engine(directory, settings)
+    engine = make_engine(directory, settings)
     metrics.set_kv_blocks(engine.limits.num_blocks)
     if engine.gpu_memory is not None:
         metrics.watch_gpu_memory(
