@@ -25,7 +25,7 @@ class ExecutorSettings(ServiceSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Type of weights and KV cache; auto takes the checkpoint's."
     )
-    attention_backend: Literal["auto", "flash_attn", "triton", "torch"] = Field(
+    attention_backend: Literal["auto", "flash_attn", "flash_attn_3", "triton", "torch"] = Field(
         "auto", description="Attention implementation."
     )
     block_size: int | None = Field(

@@ -17,6 +17,7 @@ _MODULES = {
     "torch": ("nanovllm_core.attention.torch_backend", "TorchBackend"),
     "triton": ("nanovllm_core.attention.triton_backend", "TritonBackend"),
     "flash_attn": ("nanovllm_core.attention.flash_attn_backend", "FlashAttnBackend"),
+    "flash_attn_3": ("nanovllm_core.attention.flash_attn_3_backend", "FlashAttn3Backend"),
 }
 
 

@@ -75,7 +75,7 @@ class FlashAttnBackend(TritonBackend):
         self, layer: int, query: Tensor, cache: KVCache, batch: ForwardBatch, out: Tensor
     ) -> None:
         """See the base class."""
-        if self._context_slots is None or self._chunks is None:
+        if self._context_slots is None:
             super().prefill(layer, query, cache, batch, out)
             return
         key = cache.key[layer].flatten(0, 1).index_select(0, self._context_slots)
@@ -85,7 +85,7 @@ class FlashAttnBackend(TritonBackend):
                 query,
                 key,
                 value,
-                self._chunks.query_start,
+                self.chunks.query_start,
                 self._key_start,
                 max(batch.prefill_lens),
                 self._max_context_len,

@@ -49,6 +49,13 @@ class TritonBackend(AttentionBackend):
                 torch.from_numpy(starts).to(self.device), torch.from_numpy(tiles).to(self.device)
             )
 
+    @property
+    def chunks(self) -> ChunkIndex:
+        """Where the chunks of the prepared batch lie. Raises RuntimeError if there are none."""
+        if self._chunks is None:
+            raise RuntimeError("no batch with prefill chunks was prepared")
+        return self._chunks
+
     def attend(self, layer: int, query: Tensor, cache: KVCache, batch: ForwardBatch) -> Tensor:
         """See the base class."""
         num_prefill = batch.num_prefill_seqs
@@ -110,16 +117,14 @@ class TritonBackend(AttentionBackend):
     ) -> None:
         """Attention of the prefill chunks into `out`."""
         num_prefill = batch.num_prefill_seqs
-        if self._chunks is None:
-            raise RuntimeError("attend was called before prepare")
         paged_prefill_attention(
             query,
             cache.key[layer],
             cache.value[layer],
             batch.block_tables[:num_prefill],
-            self._chunks.query_start,
+            self.chunks.query_start,
             batch.context_lens[:num_prefill],
-            self._chunks.tiles,
+            self.chunks.tiles,
             self.scale,
             out=out,
         )
