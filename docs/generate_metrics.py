@@ -11,7 +11,9 @@ from prometheus_client.metrics_core import Metric
 
 from docs.tables import markdown_table
 from executor_service.metrics import ExecutorMetrics
-from scheduler_service.scheduler import ExecutorCapacity, Scheduler, SchedulerPolicy
+from scheduler_service.executors.fleet import Fleet
+from scheduler_service.executors.load import FleetLoad
+from scheduler_service.scheduler import ExecutorCapacity, SchedulerPolicy
 from scheduler_service.telemetry.metrics import SchedulerMetrics, buckets, vllm
 from scheduler_service.telemetry.metrics.scheduler_metrics import PREFIX
 
@@ -85,8 +87,9 @@ def document() -> str:
 
 def _scheduler() -> list[Metric]:
     """Of a scheduler that has an executor, since some metrics describe it."""
-    scheduler = Scheduler(SchedulerPolicy())
-    metrics = SchedulerMetrics(scheduler, "model")
+    fleet = Fleet(SchedulerPolicy())
+    scheduler = fleet.join("127.0.0.1:50052").scheduler
+    metrics = SchedulerMetrics(FleetLoad(fleet), "model")
     vllm.export_vllm_names(metrics, 4096)
     scheduler.attach(ExecutorCapacity(64, 16, 8, 512, 4096))
     return _families(metrics.registry)

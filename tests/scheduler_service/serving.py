@@ -32,7 +32,6 @@ class Service:
 
     harness: EngineHarness
     stub: inference_pb2_grpc.InferenceServiceStub
-    link: SimpleNamespace
     address: str
     encoder: PromptEncoder
 
@@ -55,7 +54,6 @@ async def served(
     """
     harness = EngineHarness(tokenizer, **options)
     encoder = PromptEncoder(tokenizer, max_pending_bytes=max_pending_bytes)
-    link = SimpleNamespace(address="unix:/executor", info=None)
     server = grpc.aio.server(
         interceptors=security.interceptors if security else (ErrorGuard(),),
         options=server_options,
@@ -64,7 +62,6 @@ async def served(
         InferenceServicer(
             harness.engine,
             encoder,
-            link,
             harness.metrics,
             has_chat_template=True,
             write_timeout_s=write_timeout_s,
@@ -80,7 +77,7 @@ async def served(
     async with grpc.aio.insecure_channel(address) as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
         try:
-            yield Service(harness, stub, link, address, encoder)
+            yield Service(harness, stub, address, encoder)
             await until(lambda: not harness.engine._requests)
         finally:
             executor.cancel()
@@ -88,7 +85,7 @@ async def served(
             encoder.close()
     await settle()
     assert harness.engine._owners == {}
-    assert harness.scheduler.num_running == harness.scheduler.num_waiting == 0
+    assert harness.pool.load.num_running == harness.pool.load.num_waiting == 0
     admission = harness.engine.admission
     assert admission.num_reserved == 0
     assert admission._requests_of == {}

@@ -8,8 +8,10 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from scheduler_service.completion import Completion
+from scheduler_service.executors.fleet import Fleet
+from scheduler_service.executors.load import FleetLoad
 from scheduler_service.link.round_trips import RoundTrips
-from scheduler_service.scheduler import ExecutorCapacity, Scheduler, SchedulerPolicy
+from scheduler_service.scheduler import ExecutorCapacity, SchedulerPolicy
 from scheduler_service.sequence import Sequence, SequenceId
 from scheduler_service.telemetry.loop_lag import watch_loop_lag
 from scheduler_service.telemetry.metrics import SchedulerMetrics
@@ -37,7 +39,7 @@ def values(metrics: SchedulerMetrics, name: str, label: str) -> dict[str, float]
 
 @pytest.fixture
 def metrics() -> SchedulerMetrics:
-    return SchedulerMetrics(Scheduler(SchedulerPolicy()), "tiny")
+    return SchedulerMetrics(FleetLoad(Fleet(SchedulerPolicy())), "tiny")
 
 
 def completion(arrival_s: float = 0.0, num_prompt_tokens: int = 3) -> Completion:
@@ -96,7 +98,8 @@ def test_time_before_the_queue_counts_for_the_first_token_and_not_for_the_queue(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ):
     clock = SimpleNamespace(now_s=1000.0)
-    for module in ("engine", "live_request", "reservation", "telemetry.request_metrics"):
+    modules = ("engine", "live_request", "reservation", "telemetry.request_metrics")
+    for module in (*modules, "executors.connection"):
         monkeypatch.setattr(
             f"scheduler_service.{module}.time", SimpleNamespace(monotonic=lambda: clock.now_s)
         )
@@ -217,8 +220,9 @@ def test_gauges_show_the_executor_and_what_waits(tokenizer: Tokenizer):
 
 
 def test_the_cache_is_described_while_an_executor_is_connected():
-    scheduler = Scheduler(SchedulerPolicy(enable_prefix_caching=False))
-    metrics = SchedulerMetrics(scheduler, "tiny")
+    fleet = Fleet(SchedulerPolicy(enable_prefix_caching=False))
+    scheduler = fleet.join("unix:/executor").scheduler
+    metrics = SchedulerMetrics(FleetLoad(fleet), "tiny")
     assert values(metrics, "cache_config_info", "block_size") == {}
     scheduler.attach(ExecutorCapacity(64, 4, 8, 60, 128))
     labels = {

@@ -7,8 +7,8 @@ from prometheus_client.registry import Collector
 
 from nanovllm.service_metrics import new_registry
 from scheduler_service.errors import RequestError
+from scheduler_service.executors.load import FleetLoad
 from scheduler_service.link.session_end import SessionEnd
-from scheduler_service.scheduler import Scheduler
 from scheduler_service.sequence import FinishReason
 from scheduler_service.telemetry.metrics import buckets
 from scheduler_service.telemetry.metrics.distribution import Distribution, HistogramView
@@ -24,9 +24,9 @@ class SchedulerMetrics:
     often goes into the library's own classes; what the scheduler counts anyway is read from it.
     """
 
-    def __init__(self, scheduler: Scheduler, model_name: str) -> None:
+    def __init__(self, load: FleetLoad, model_name: str) -> None:
         self.registry = new_registry(model_name)
-        self.scheduler = scheduler
+        self.load = load
         self.model_name = model_name
         #: Histograms by name, for those who show them under other names.
         self.distributions: dict[str, Distribution] = {}
@@ -36,7 +36,7 @@ class SchedulerMetrics:
         self._define_request_sizes()
         self._define_counters()
         self._define_executor()
-        self._define_state(scheduler)
+        self._define_state(load)
 
     def _define_request_times(self) -> None:
         self.time_to_first_token = self._histogram(
@@ -132,51 +132,48 @@ class SchedulerMetrics:
             "Delay of the event loop, sampled a few times a second: what everything waits for.",
         )
 
-    def _define_state(self, scheduler: Scheduler) -> None:
-        stats = scheduler.stats
-        self._gauge(
-            "num_requests_running", "Sequences with KV blocks.", lambda: scheduler.num_running
-        )
-        self._gauge("num_requests_waiting", "Sequences that wait.", lambda: scheduler.num_waiting)
+    def _define_state(self, load: FleetLoad) -> None:
+        self._gauge("num_requests_running", "Sequences with KV blocks.", lambda: load.num_running)
+        self._gauge("num_requests_waiting", "Sequences that wait.", lambda: load.num_waiting)
         self._gauge(
             "num_queued_tokens",
             "Prompt tokens of the sequences that wait.",
-            lambda: scheduler.num_waiting_prompt_tokens,
+            lambda: load.num_waiting_prompt_tokens,
         )
         self._gauge(
             "kv_cache_usage_ratio",
             "Share of the KV blocks that sequences own.",
-            lambda: scheduler.kv_usage_ratio,
+            lambda: load.kv_usage_ratio,
         )
         self._gauge(
             "executor_connected",
             "1 while a session with an executor is open, else 0.",
-            lambda: scheduler.capacity is not None,
+            lambda: load.is_connected,
         )
         self._read_counter(
             "num_preemptions",
             "Sequences that lost their blocks to others.",
-            lambda: stats.num_preemptions,
+            lambda: load.stats.num_preemptions,
         )
         self._read_counter(
             "prefix_cache_queries",
             "Prompt tokens looked up in the prefix cache.",
-            lambda: stats.prefix_queried_tokens,
+            lambda: load.stats.prefix_queried_tokens,
         )
         self._read_counter(
             "prefix_cache_hits",
             "Prompt tokens found in the prefix cache.",
-            lambda: stats.prefix_hit_tokens,
+            lambda: load.stats.prefix_hit_tokens,
         )
         self._read_counter(
             "recomputed_tokens",
             "Tokens computed again after a preemption or the loss of an executor.",
-            lambda: stats.recomputed_tokens,
+            lambda: load.stats.recomputed_tokens,
         )
-        self.registry.register(KvBlocks(scheduler, self.model_name))
+        self.registry.register(KvBlocks(load, self.model_name))
         self.registry.register(
             CacheConfig(
-                scheduler,
+                load,
                 "nanovllm_cache_config_info",
                 "KV cache and limits of the connected executor as labels; the value is 1.",
                 {"model_name": self.model_name},

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from scheduler_service.scheduler import Scheduler
+from scheduler_service.executors.load import FleetLoad
 
 
 class ReadCounter(Collector):
@@ -33,17 +33,19 @@ class ReadCounter(Collector):
 class KvBlocks(Collector):
     """KV blocks by state; all zero while no executor is connected."""
 
-    def __init__(self, scheduler: Scheduler, model_name: str) -> None:
-        self._scheduler = scheduler
+    def __init__(self, load: FleetLoad, model_name: str) -> None:
+        self._load = load
         self._model_name = model_name
 
     def collect(self) -> Iterator[Metric]:
         """The metric in exposition form."""
-        blocks = self._scheduler.blocks
-        num_free = blocks.num_free if blocks else 0
-        num_cached = blocks.num_cached if blocks else 0
-        # What is left, rather than a third reading, so that the states always add up.
-        num_owned = blocks.num_blocks - num_free - num_cached if blocks else 0
+        num_free = num_cached = num_owned = 0
+        for blocks in self._load.blocks:
+            free, cached = blocks.num_free, blocks.num_cached
+            num_free += free
+            num_cached += cached
+            # What is left, rather than a third reading, so that the states always add up.
+            num_owned += blocks.num_blocks - free - cached
         family = GaugeMetricFamily(
             "nanovllm_scheduler_kv_blocks",
             "KV blocks by state: free, cached (a prefix that nobody owns) or owned by sequences.",
@@ -55,17 +57,17 @@ class KvBlocks(Collector):
 
 
 class CacheConfig(Collector):
-    """The executor's KV cache as labels; nothing while no executor is connected."""
+    """The executors' KV caches as labels; nothing while no executor is connected."""
 
     def __init__(
         self,
-        scheduler: Scheduler,
+        load: FleetLoad,
         name: str,
         documentation: str,
         labels: dict[str, str],
         num_blocks_label: str = "num_kv_blocks",
     ) -> None:
-        self._scheduler = scheduler
+        self._load = load
         self._name = name
         self._documentation = documentation
         self._labels = labels
@@ -74,13 +76,13 @@ class CacheConfig(Collector):
     def collect(self) -> Iterator[Metric]:
         """The metric in exposition form."""
         family = GaugeMetricFamily(self._name, self._documentation)
-        capacity = self._scheduler.capacity
-        if capacity is not None:
+        # Executors of equal sizes are one sample.
+        for capacity in dict.fromkeys(self._load.capacities):
             labels = {
                 **self._labels,
                 "block_size": str(capacity.block_size),
                 self._num_blocks_label: str(capacity.num_blocks),
-                "enable_prefix_caching": str(self._scheduler.policy.enable_prefix_caching),
+                "enable_prefix_caching": str(self._load.policy.enable_prefix_caching),
                 "max_num_seqs": str(capacity.max_num_seqs),
                 "max_num_batched_tokens": str(capacity.max_num_batched_tokens),
                 "max_model_len": str(capacity.max_model_len),

@@ -95,7 +95,7 @@ def export_vllm_names(metrics: SchedulerMetrics, max_model_len: int) -> None:
         )
     metrics.registry.register(
         CacheConfig(
-            metrics.scheduler,
+            metrics.load,
             f"{VLLM_PREFIX}cache_config_info",
             _same_as("cache_config_info"),
             labels,
