@@ -36,9 +36,6 @@ _MAX_MODEL_LEN = 32_768
 class NoMetrics:
     """An `EngineMetrics` that does nothing."""
 
-    def on_executor_restart(self) -> None:
-        """Does nothing."""
-
     def on_iteration(self, num_tokens: int) -> None:
         """Does nothing."""
 

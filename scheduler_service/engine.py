@@ -283,10 +283,8 @@ class Engine:
 
     # What the pool tells
 
-    def on_connected(self, unsettled: Iterable[Sequence], *, is_restart: bool) -> None:
+    def on_connected(self, unsettled: Iterable[Sequence]) -> None:
         """A session is open; see `PoolListener`."""
-        if is_restart:
-            self._metrics.on_executor_restart()
         for seq in unsettled:
             # The limit was made for another executor, or before there was any.
             request, _ = self._owners[seq.seq_id]

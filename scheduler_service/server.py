@@ -128,7 +128,7 @@ async def serve(settings: SchedulerSettings) -> None:
         service_names.append(gateway.add_to(server))
     reflection.enable_server_reflection(service_names, server)
     address = bind(server, settings.listen, security.tls)
-    admin_server = _admin_server(settings, security, AdminServicer(engine, serving))
+    admin_server = _admin_server(settings, security, AdminServicer(engine, serving, settings))
     serve_metrics(metrics.registry, settings.metrics_host, settings.metrics_port)
 
     stop = asyncio.Event()

@@ -12,7 +12,6 @@ from scheduler_service.answering import Context, fail, reply, write
 from scheduler_service.completion import Delta
 from scheduler_service.engine import Engine
 from scheduler_service.errors import InvalidFieldError, RequestError
-from scheduler_service.executors.description import ExecutorDescription
 from scheduler_service.intake import Intake
 from scheduler_service.live_request import LiveRequest
 from scheduler_service.sequence import FinishReason
@@ -193,7 +192,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             num_running=pool.load.num_running,
             num_waiting=pool.load.num_waiting,
             executor_state=inference_pb2.EXECUTOR_STATE_DISCONNECTED,
-            executors=map(_summary, executors),
+            executors=[each.summary() for each in executors],
         )
         if executors:
             response.executor_state = inference_pb2.EXECUTOR_STATE_CONNECTED
@@ -203,21 +202,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             response.num_cached_kv_blocks = sum(each.num_cached_kv_blocks for each in executors)
             response.kv_block_size = executors[0].info.block_size
         return response
-
-
-def _summary(executor: ExecutorDescription) -> inference_pb2.ExecutorSummary:
-    info = executor.info
-    return inference_pb2.ExecutorSummary(
-        address=executor.address,
-        epoch=info.epoch,
-        device=info.device,
-        dtype=info.dtype,
-        attention_backend=info.attention_backend,
-        max_num_seqs=info.max_num_seqs,
-        max_num_batched_tokens=info.max_num_batched_tokens,
-        num_running=executor.num_running,
-        num_waiting=executor.num_waiting,
-    )
 
 
 def _response(request_id: str, delta: Delta) -> inference_pb2.GenerateResponse:

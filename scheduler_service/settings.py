@@ -13,8 +13,15 @@ from scheduler_service.router import RoutingPolicy
 from scheduler_service.scheduler import SchedulerPolicy
 
 
+def check_executor_address(address: str) -> str:
+    """Returns the address of one executor. Raises ValueError."""
+    if "," in address:
+        raise ValueError("give one address; a comma separates those of several executors")
+    return check_address(address.strip())
+
+
 def _check_addresses(addresses: str) -> str:
-    each = [check_address(address.strip()) for address in addresses.split(",")]
+    each = [check_executor_address(address) for address in addresses.split(",")]
     if len(set(each)) < len(each):
         raise ValueError("an executor is named twice; name each once")
     return ",".join(each)

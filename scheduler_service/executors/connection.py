@@ -38,8 +38,6 @@ class Connection:
         self._send: SendPlan | None = None
         #: What the executor says of itself; None without a session.
         self.info: executor_pb2.GetExecutorInfoResponse | None = None
-        #: Whether there was a session before.
-        self.had_session = False
         self.absence = ExecutorAbsence(wait_timeout_s, lambda: events.on_absent_for_too_long(self))
 
     @property
@@ -68,8 +66,8 @@ class Connection:
         self.info = info
         self._send = send
         self.member.is_suspect = False
+        self.member.num_sessions += 1
         self._events.on_connected(self, capacity)
-        self.had_session = True
 
     def on_disconnected(self, problem: str) -> None:
         """The session is over, or another attempt to open one failed; clients may be told why."""

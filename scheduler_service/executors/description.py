@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from nanovllm.v1 import executor_pb2
+from nanovllm.v1 import executor_pb2, inference_pb2
 from scheduler_service.executors.connection import Connection
 
 
@@ -41,8 +41,17 @@ class ExecutorDescription:
             info=connection.info or executor_pb2.GetExecutorInfoResponse(),
         )
 
-    @property
-    def kv_usage_ratio(self) -> float:
-        """Share of its KV blocks that sequences own."""
-        owned = self.num_kv_blocks - self.num_free_kv_blocks - self.num_cached_kv_blocks
-        return owned / self.num_kv_blocks if owned else 0.0
+    def summary(self) -> inference_pb2.ExecutorSummary:
+        """The part that the services tell in the same words."""
+        info = self.info
+        return inference_pb2.ExecutorSummary(
+            address=self.address,
+            epoch=info.epoch,
+            device=info.device,
+            dtype=info.dtype,
+            attention_backend=info.attention_backend,
+            max_num_seqs=info.max_num_seqs,
+            max_num_batched_tokens=info.max_num_batched_tokens,
+            num_running=self.num_running,
+            num_waiting=self.num_waiting,
+        )

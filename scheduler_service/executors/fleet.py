@@ -9,12 +9,23 @@ import itertools
 import sys
 from collections import deque
 from collections.abc import Iterable
+from enum import Enum
 
 from scheduler_service.executors.member import Member
 from scheduler_service.executors.prefix_union import PrefixUnion
 from scheduler_service.router import Choice, ExecutorIndex, Router, RoutingPolicy
 from scheduler_service.scheduler import Scheduler, SchedulerPolicy, SchedulerStats
 from scheduler_service.sequence import FinishReason, Sequence
+
+
+class MoveReason(Enum):
+    """Why a sequence was taken from an executor; values of the reason label in metrics."""
+
+    LOST = "lost"
+    DRAINED = "drained"
+    REMOVED = "removed"
+    # Another one had less to do.
+    REBALANCED = "rebalanced"
 
 
 class Fleet:
@@ -30,24 +41,23 @@ class Fleet:
         self._router = Router(routing or RoutingPolicy())
         self._indices = map(ExecutorIndex, itertools.count())
         self._by_index: dict[ExecutorIndex, Member] = {}
-        # Of the members that left, so that sums never fall.
-        self._stats_of_the_gone = SchedulerStats()
+        #: Sequences that were taken from an executor so far.
+        self.num_moved = dict.fromkeys(MoveReason, 0)
+        # Of all who left together, then of each member: replaced as a whole, so that no sum that
+        # another thread makes meanwhile ever falls.
+        self._stats: tuple[SchedulerStats, ...] = (SchedulerStats(),)
 
     @property
     def stats(self) -> SchedulerStats:
         """The sums over all members, those that left included."""
-        stats = SchedulerStats()
-        stats.add(self._stats_of_the_gone)
-        for member in self.members:
-            stats.add(member.scheduler.stats)
-        return stats
+        return _sum(self._stats)
 
     @property
     def num_admitted_tokens(self) -> int:
         """`stats.admitted_tokens` alone."""
-        count = self._stats_of_the_gone.admitted_tokens
-        for member in self.members:
-            count += member.scheduler.stats.admitted_tokens
+        count = 0
+        for stats in self._stats:
+            count += stats.admitted_tokens
         return count
 
     def schedulers(self) -> tuple[Scheduler, ...]:
@@ -64,6 +74,7 @@ class Fleet:
         """Adds a member, which has no session yet."""
         member = Member(next(self._indices), address, Scheduler(self.policy))
         self.members = (*self.members, member)
+        self._stats = (*self._stats, member.scheduler.stats)
         self._by_index[member.index] = member
         self.prefixes.add(member.index, member.scheduler)
         return member
@@ -71,12 +82,14 @@ class Fleet:
     def leave(self, member: Member) -> None:
         """Takes a member without a session out. What waits there goes to the lobby."""
         for seq in member.scheduler.waiting():
-            self._move(seq, None)
+            self._move(seq, None, MoveReason.REMOVED)
         self.members = tuple(each for each in self.members if each is not member)
         del self._by_index[member.index]
         self.prefixes.remove(member.index)
         self._router.forget(member.index)
-        self._stats_of_the_gone.add(member.scheduler.stats)
+        own = member.scheduler.stats
+        others = [each for each in self._stats[1:] if each is not own]
+        self._stats = (_sum((self._stats[0], own)), *others)
 
     def on_lost(self, member: Member) -> list[Sequence]:
         """A member's session is over; returns what ran there and waits again."""
@@ -144,8 +157,11 @@ class Fleet:
                 if is_hopeless:
                     hopeless.append(seq)
                 self._add(seq, member)
-            else:
-                self._add(seq, self._by_index[choice.index], choice.num_cached_tokens)
+                continue
+            target = self._by_index[choice.index]
+            if member is not None and member is not target:
+                self.num_moved[_why_not_there(member)] += 1
+            self._add(seq, target, choice.num_cached_tokens)
         return hopeless
 
     def fill(self, member: Member) -> list[Member]:
@@ -171,7 +187,7 @@ class Fleet:
             if busiest.num_live_per_slot() <= member.num_live_per_slot(1):
                 break
             if queues[busiest]:
-                self._move(queues[busiest].popleft(), member)
+                self._move(queues[busiest].popleft(), member, MoveReason.REBALANCED)
                 donors.add(busiest)
             else:
                 del queues[busiest]
@@ -191,14 +207,17 @@ class Fleet:
         member = self.member_of(seq)
         return self.lobby if member is None else member.scheduler
 
-    def _move(self, seq: Sequence, target: Member | None) -> None:
+    def _move(self, seq: Sequence, target: Member | None, reason: MoveReason) -> None:
         self._home(seq).withdraw(seq)
+        self.num_moved[reason] += 1
         self._add(seq, target)
 
     def _add(
         self, seq: Sequence, target: Member | None, num_expected_cached_tokens: int = 0
     ) -> None:
         seq.num_expected_cached_tokens = num_expected_cached_tokens
+        if target is not None and target.index != seq.executor:
+            target.num_routed += 1
         seq.executor = None if target is None else target.index
         (self.lobby if target is None else target.scheduler).add(seq)
 
@@ -213,3 +232,16 @@ class Fleet:
                 if seq.executor != index or seq.seq_id in seen:
                     raise ValueError(f"sequence {seq.seq_id} is at {index} and {seq.executor}")
                 seen.add(seq.seq_id)
+
+
+def _sum(counted: Iterable[SchedulerStats]) -> SchedulerStats:
+    total = SchedulerStats()
+    for stats in counted:
+        total.add(stats)
+    return total
+
+
+def _why_not_there(member: Member) -> MoveReason:
+    """Why what waits at a member is sent elsewhere."""
+    is_drained = member.is_connected and member.is_draining
+    return MoveReason.DRAINED if is_drained else MoveReason.LOST

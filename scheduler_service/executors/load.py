@@ -5,9 +5,14 @@ replaced as a whole, and objects that may go away are fetched once.
 """
 
 from scheduler_service.block_manager import BlockManager
-from scheduler_service.executors.fleet import Fleet
+from scheduler_service.executors.fleet import Fleet, MoveReason
 from scheduler_service.executors.member import Member
-from scheduler_service.scheduler import ExecutorCapacity, SchedulerPolicy, SchedulerStats
+from scheduler_service.scheduler import (
+    ExecutorCapacity,
+    Scheduler,
+    SchedulerPolicy,
+    SchedulerStats,
+)
 
 
 class FleetLoad:
@@ -20,6 +25,16 @@ class FleetLoad:
     def members(self) -> tuple[Member, ...]:
         """Every executor, connected or not."""
         return self._fleet.members
+
+    @property
+    def lobby(self) -> Scheduler:
+        """Where sequences wait while no executor takes any."""
+        return self._fleet.lobby
+
+    @property
+    def num_moved(self) -> dict[MoveReason, int]:
+        """Sequences that were taken from an executor so far, by reason."""
+        return self._fleet.num_moved
 
     @property
     def policy(self) -> SchedulerPolicy:

@@ -19,6 +19,9 @@ class Member:
     is_draining: bool = False
     # It owes a sign of life; others are preferred until it gives one or counts as lost.
     is_suspect: bool = False
+    # Since it joined: sessions that were opened, and sequences that were sent there.
+    num_sessions: int = 0
+    num_routed: int = 0
 
     @property
     def is_connected(self) -> bool:

@@ -43,7 +43,7 @@ class LastExecutorError(ExecutorChangeError):
 class PoolListener(Protocol):
     """The owner of the requests, who is told before sequences are moved."""
 
-    def on_connected(self, unsettled: Sequence[LiveSequence], *, is_restart: bool) -> None:
+    def on_connected(self, unsettled: Sequence[LiveSequence]) -> None:
         """A session is open. `unsettled` wait for a place; their limits may have changed."""
 
     def on_displaced(self, seqs: Sequence[LiveSequence], *, is_loss: bool) -> None:
@@ -184,7 +184,7 @@ class ExecutorPool:
         member = connection.member
         member.scheduler.attach(capacity)
         unsettled = [*self.fleet.lobby.waiting(), *member.scheduler.waiting()]
-        self._told.on_connected(unsettled, is_restart=connection.had_session)
+        self._told.on_connected(unsettled)
         self._settle(member)
         self.fleet.fill(member)
         self._plan_all()

@@ -26,7 +26,7 @@ from scheduler_service.link.session_end import SessionEnd
 from scheduler_service.model_spec import ModelSpec
 from scheduler_service.plan import Plan, decode_step_result, encode_plan
 from scheduler_service.scheduler import ExecutorCapacity, ExecutorProtocolError
-from scheduler_service.telemetry.metrics import SchedulerMetrics
+from scheduler_service.telemetry.metrics.link_counts import LinkCounts
 
 logger = logging.getLogger(__name__)
 
@@ -73,12 +73,12 @@ class ExecutorLink:
         self,
         connection: Connection,
         settings: LinkSettings,
-        metrics: SchedulerMetrics,
+        counts: LinkCounts,
         on_change: StateListener,
     ) -> None:
         self._connection = connection
         self._settings = settings
-        self._metrics = metrics
+        self._counts = counts
         self._on_change = on_change
         self._outbox: deque[Plan] = deque()
         self._outbox_filled = asyncio.Event()
@@ -112,14 +112,14 @@ class ExecutorLink:
         """Logs and counts why there is no session; returns what clients may be told."""
         if not isinstance(error, SessionEndedError | grpc.aio.AioRpcError):
             # A bug that one session or one request brings out must not end the service.
-            self._metrics.count_session_end(SessionEnd.BUG)
+            self._counts.sessions_ended[SessionEnd.BUG] += 1
             public_problem = "the scheduler failed in a session"
             self._last_kind = problem = f"{public_problem}: {error!r}"
             logger.exception("session failed", extra=fields(executor=self.address, problem=problem))
             return public_problem
         if isinstance(error, SessionEndedError):
             self._is_fenced = self._is_fenced or error.reason is SessionEnd.FENCED
-            self._metrics.count_session_end(error.reason)
+            self._counts.sessions_ended[error.reason] += 1
         problem = self._describe(error)
         # gRPC words one and the same absence in several ways.
         kind = error.code() if isinstance(error, grpc.aio.AioRpcError) else problem
@@ -191,7 +191,7 @@ class ExecutorLink:
     ) -> None:
         self._outbox.clear()
         liveness = ExecutorLiveness(self._settings.liveness, time.monotonic())
-        trips = RoundTrips(self._metrics.executor_round_trip.observe)
+        trips = RoundTrips(self._counts.round_trip.observe)
         self._connection.on_connected(info, _capacity(info), self._send)
         await self._on_change(True)
         logger.info(
@@ -230,7 +230,7 @@ class ExecutorLink:
             self._outbox_filled.clear()
             while self._outbox:
                 plan = encode_plan(self._outbox.popleft())
-                self._metrics.plans.inc()
+                self._counts.num_plans += 1
                 trips.sent(plan.step_id, time.monotonic())
                 await _write(call, executor_pb2.ExecuteRequest(plan=plan))
 

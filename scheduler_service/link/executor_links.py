@@ -46,7 +46,8 @@ class ExecutorLinks:
         async def on_change(_: bool) -> None:
             await self._on_change(self._pool.load.is_connected)
 
-        link = ExecutorLink(connection, self._settings, self._metrics, on_change)
+        counts = self._metrics.executors.join(connection.address)
+        link = ExecutorLink(connection, self._settings, counts, on_change)
         task = asyncio.create_task(link.run(), name=f"executor link {connection.address}")
         self._tasks[connection] = task
         task.add_done_callback(self._done)
@@ -54,6 +55,7 @@ class ExecutorLinks:
     def stop(self, connection: Connection) -> None:
         """An executor left."""
         self._tasks.pop(connection).cancel()
+        self._metrics.executors.leave(connection.address)
 
     def _done(self, task: "asyncio.Task[None]") -> None:
         if not task.cancelled() and not self._ended.done():

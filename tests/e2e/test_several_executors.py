@@ -7,44 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from nanovllm import Client, FinishReason, ServiceProcess
+from nanovllm import Client, FinishReason
 from tests.e2e.background import BackgroundRequest
-from tests.e2e.support import CPU, LIMIT_S, Reference, greedy, random_prompt, wait_until
+from tests.e2e.executors import Stack, running_stack
+from tests.e2e.support import LIMIT_S, Metrics, Reference, greedy, random_prompt, wait_until
 
-NUM_STREAMS = 32
-NUM_TOKENS = 120
-
-
-class Stack:
-    """One scheduler and two executors."""
-
-    def __init__(self, model: Path, folder: Path) -> None:
-        self.executors = [self._executor(model, folder, name) for name in ("one", "two")]
-        self.scheduler = ServiceProcess(
-            "scheduler_service",
-            [
-                *("--model", str(model), "--listen", f"unix:{folder}/scheduler.sock"),
-                *("--executor", f"unix:{folder}/one.sock,unix:{folder}/two.sock"),
-                *("--metrics-port", "-1"),
-            ],
-            log_path=folder / "scheduler.log",
-        )
-
-    @staticmethod
-    def _executor(model: Path, folder: Path, name: str) -> ServiceProcess:
-        return ServiceProcess(
-            "executor_service",
-            [
-                *("--model", str(model), "--listen", f"unix:{folder}/{name}.sock", *CPU),
-                *("--num-kv-blocks", "512", "--block-size", "16", "--max-num-seqs", "32"),
-                *("--max-num-batched-tokens", "256", "--metrics-port", "-1"),
-            ],
-            log_path=folder / f"{name}.log",
-        )
-
-    @property
-    def processes(self) -> list[ServiceProcess]:
-        return [*self.executors, self.scheduler]
+# All of them run at the same time, which the first must not end too early for.
+NUM_STREAMS = 12
+NUM_TOKENS = 400
 
 
 @pytest.fixture(scope="module")
@@ -52,18 +22,8 @@ def stack(
     checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Stack]:
     folder = tmp_path_factory.mktemp("several")
-    stack = Stack(checkpoint("qwen3"), folder)
-    try:
-        for process in stack.processes:
-            process.start()
-        for process in stack.processes:
-            process.wait_until_ready(4 * LIMIT_S)
+    with running_stack(checkpoint("qwen3"), folder, ("one", "two")) as stack:
         yield stack
-    finally:
-        for process in reversed(stack.processes):
-            process.stop(LIMIT_S)
-    for log in folder.glob("*.log"):
-        assert "Traceback" not in (text := log.read_text()), text
 
 
 def running(client: Client) -> dict[str, int]:
@@ -74,13 +34,19 @@ def running(client: Client) -> dict[str, int]:
     }
 
 
+def by_executor(metrics: Metrics, name: str) -> dict[str, float]:
+    """A metric of the scheduler, by the name of the executor."""
+    return {Path(address).stem: value for address, value in metrics.by(name, "executor").items()}
+
+
 def test_a_killed_executors_requests_go_on_at_the_other_one_at_once(
     stack: Stack, reference: Callable[[str], Reference]
 ) -> None:
-    prompts = [random_prompt(12 + index % 5, seed=300 + index) for index in range(NUM_STREAMS)]
-    victim, survivor = stack.executors
+    prompts = [random_prompt(12 + index % 5, seed=1000 + index) for index in range(NUM_STREAMS)]
+    expected = [reference("qwen3").greedy(prompt, NUM_TOKENS) for prompt in prompts]
+    victim, survivor = stack.executors.values()
     with (
-        Client(stack.scheduler.address) as client,
+        stack.client as client,
         ThreadPoolExecutor(NUM_STREAMS) as threads,
     ):
         wait_until(lambda: len(running(client)) == 2, "both executors are connected")
@@ -96,11 +62,17 @@ def test_a_killed_executors_requests_go_on_at_the_other_one_at_once(
         assert victim.wait(LIMIT_S) == -signal.SIGKILL
 
         # Nobody starts the victim again before all of them are done.
-        for request, prompt in zip(requests, prompts, strict=True):
+        for request, token_ids in zip(requests, expected, strict=True):
             completion = request.completion()
-            assert completion.token_ids == reference("qwen3").greedy(prompt, NUM_TOKENS)
+            assert completion.token_ids == token_ids
             assert completion.finish_reason is FinishReason.LENGTH
         assert list(running(client)) == ["two"]
+        metrics = Metrics(stack.scheduler.metrics_url)
+        assert by_executor(metrics, "executor_connected") == {"one": 0, "two": 1}
+        assert 0 < metrics.value("requests_moved_total", reason="lost") <= counts["one"]
+        assert metrics["requests_moved_total"] == metrics.value(
+            "requests_moved_total", reason="lost"
+        )
 
         victim.restart(2 * LIMIT_S)
         wait_until(lambda: len(running(client)) == 2, "the restarted executor is connected")
@@ -108,6 +80,10 @@ def test_a_killed_executors_requests_go_on_at_the_other_one_at_once(
             BackgroundRequest(client, threads, prompt, greedy(NUM_TOKENS)) for prompt in prompts
         ]
         wait_until(lambda: running(client)["one"] > 0, "the restarted executor has sequences")
-        for request, prompt in zip(again, prompts, strict=True):
-            assert request.completion().token_ids == reference("qwen3").greedy(prompt, NUM_TOKENS)
+        for request, token_ids in zip(again, expected, strict=True):
+            assert request.completion().token_ids == token_ids
         assert survivor.running
+        metrics = Metrics(stack.scheduler.metrics_url)
+        assert by_executor(metrics, "executor_restarts_total") == {"one": 1, "two": 0}
+        routed = metrics["requests_routed_total"] - metrics["requests_moved_total"]
+        assert routed == 2 * NUM_STREAMS

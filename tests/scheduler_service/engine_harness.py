@@ -117,10 +117,17 @@ class EngineHarness:
         self, address: str = "unix:/other", capacity: ExecutorCapacity | None = CAPACITY
     ) -> OtherExecutor:
         """One more executor, connected unless it has no capacity."""
-        other = OtherExecutor(self.pool.add_executor(address))
-        self.others.append(other)
+        self.pool.add_executor(address)
+        other = self.adopt(address)
         if capacity is not None:
             other.connect(capacity)
+        return other
+
+    def adopt(self, address: str) -> OtherExecutor:
+        """The executor at an address that has joined already."""
+        (connection,) = (each for each in self.pool.connections() if each.address == address)
+        other = OtherExecutor(connection)
+        self.others.append(other)
         return other
 
     def lose_executor(self) -> None:

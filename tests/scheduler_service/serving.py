@@ -34,6 +34,8 @@ class Service:
     stub: inference_pb2_grpc.InferenceServiceStub
     address: str
     encoder: PromptEncoder
+    #: Cleared: the executors stand still.
+    iterating: asyncio.Event
 
 
 @asynccontextmanager
@@ -73,11 +75,13 @@ async def served(
         add_services(server, harness, encoder)
     server.add_insecure_port(address)
     await server.start()
-    executor = asyncio.create_task(iterate(harness))
+    iterating = asyncio.Event()
+    iterating.set()
+    executor = asyncio.create_task(iterate(harness, iterating))
     async with grpc.aio.insecure_channel(address) as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
         try:
-            yield Service(harness, stub, address, encoder)
+            yield Service(harness, stub, address, encoder, iterating)
             await until(lambda: not harness.engine._requests)
         finally:
             executor.cancel()
@@ -92,9 +96,10 @@ async def served(
     assert admission._response_bytes == 0
 
 
-async def iterate(harness: EngineHarness) -> None:
-    """The executor's loop."""
+async def iterate(harness: EngineHarness, iterating: asyncio.Event) -> None:
+    """The executors' loop."""
     while True:
+        await iterating.wait()
         await harness.step()
 
 

@@ -13,15 +13,13 @@ import pytest
 from nanovllm.service_settings import EXECUTOR_SERVER_OPTIONS
 from nanovllm.v1 import executor_pb2, executor_pb2_grpc
 from nanovllm.wire import pack_int32
-from scheduler_service.executors.fleet import Fleet
-from scheduler_service.executors.load import FleetLoad
 from scheduler_service.link import executor_link
 from scheduler_service.link.executor_link import ExecutorLink, LinkSettings, SessionEndedError
 from scheduler_service.link.executor_liveness import LivenessLimits
 from scheduler_service.plan import Admit, Plan, StepResult
-from scheduler_service.scheduler import ExecutorCapacity, SchedulerPolicy
+from scheduler_service.scheduler import ExecutorCapacity
 from scheduler_service.sequence import SlotSampling
-from scheduler_service.telemetry.metrics import SchedulerMetrics
+from scheduler_service.telemetry.metrics.link_counts import LinkCounts
 
 FINGERPRINT = "a" * 64
 Script = Callable[["ScriptedExecutor", AsyncIterator, grpc.aio.ServicerContext], AsyncIterator]
@@ -77,7 +75,7 @@ class FakeConnection:
         self.problems: list[str] = []
         self.suspicions: list[bool] = []
         self.bugs: list[Exception] = []
-        self.metrics: SchedulerMetrics | None = None
+        self.counts = LinkCounts()
         self.send: Callable[[Plan], None] | None = None
         self.changed = asyncio.Event()
 
@@ -113,15 +111,9 @@ class FakeConnection:
                 await self.changed.wait()
 
 
-def counted_ends(connection: FakeConnection) -> dict[str, float]:
+def counted_ends(connection: FakeConnection) -> dict[str, int]:
     """Sessions that ended so far, by reason."""
-    assert connection.metrics is not None
-    (family,) = connection.metrics.sessions_ended.collect()
-    return {
-        sample.labels["reason"]: sample.value
-        for sample in family.samples
-        if sample.name.endswith("_total") and sample.value
-    }
+    return {end.value: count for end, count in connection.counts.sessions_ended.items() if count}
 
 
 async def echo_step_ids(executor, plans, context) -> AsyncIterator:
@@ -160,10 +152,10 @@ def converse(tmp_path: Path) -> Callable[..., None]:
                 states.append(connected)
 
             limits = LivenessLimits(silence_timeout_s, stall_timeout_s)
-            metrics = SchedulerMetrics(FleetLoad(Fleet(SchedulerPolicy())), "tiny")
             model = SimpleNamespace(name="tiny", fingerprint=FINGERPRINT)
-            link = ExecutorLink(connection, LinkSettings(model, limits), metrics, on_change)
-            connection.metrics = metrics
+            link = ExecutorLink(
+                connection, LinkSettings(model, limits), connection.counts, on_change
+            )
             task = asyncio.create_task(link.run())
             try:
                 scenario_task = asyncio.create_task(scenario(connection, executor, link))
@@ -197,9 +189,8 @@ def test_plans_go_down_in_order_and_results_come_up(converse):
         ]
         assert connection.capacities == [ExecutorCapacity(9, 4, 3, 64, 128)]
         assert connection.info.block_size == 4
-        registry = connection.metrics.registry
-        for name in ("plans_total", "executor_round_trip_seconds_count"):
-            assert registry.get_sample_value(f"nanovllm_{name}", {"model_name": "tiny"}) == 20
+        assert connection.counts.num_plans == 20
+        assert connection.counts.round_trip.cumulative(()) == [20]
 
     assert converse(echo_step_ids, scenario) == [True, False]
 

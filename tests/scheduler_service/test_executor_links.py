@@ -13,6 +13,8 @@ from scheduler_service.link import executor_links
 from scheduler_service.link.executor_links import ExecutorLinks
 from scheduler_service.router import RoutingPolicy
 from scheduler_service.scheduler import SchedulerPolicy
+from scheduler_service.telemetry.metrics import SchedulerMetrics
+from scheduler_service.telemetry.metrics.link_counts import LinkCounts
 from tests.scheduler_service.engine_harness import CAPACITY, info_of, settle
 
 
@@ -25,10 +27,11 @@ class FakeLink:
         self,
         connection: Connection,
         settings: Any,
-        metrics: Any,
+        counts: LinkCounts,
         on_change: Callable[[bool], Awaitable[None]],
     ) -> None:
         self.connection = connection
+        self.counts = counts
         self.on_change = on_change
         self.is_running = False
         self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -49,7 +52,7 @@ class Stage:
     def __init__(self) -> None:
         self.pool = ExecutorPool(SchedulerPolicy(), RoutingPolicy(), 10.0)
         self.pool.listener = SimpleNamespace(
-            on_connected=lambda unsettled, is_restart: None,
+            on_connected=lambda unsettled: None,
             on_displaced=lambda seqs, is_loss: None,
             on_stranded=lambda seqs, error: None,
             on_planned=lambda: None,
@@ -61,7 +64,8 @@ class Stage:
         async def on_change(is_connected: bool) -> None:
             self.states.append(is_connected)
 
-        self.links = ExecutorLinks(self.pool, SimpleNamespace(), SimpleNamespace(), on_change)
+        self.metrics = SchedulerMetrics(self.pool.load, "tiny")
+        self.links = ExecutorLinks(self.pool, SimpleNamespace(), self.metrics, on_change)
         self.task = asyncio.create_task(self.links.run())
 
     def running(self) -> list[str]:
@@ -132,5 +136,29 @@ def test_removing_the_only_connected_executor_is_heard_of(run):
         stage.pool.remove_executor("unix:/one")
         await settle()
         assert stage.states == [False]
+
+    run(scenario)
+
+
+def test_what_links_count_is_shown_for_the_executors_that_are_there(run):
+    async def scenario(stage: Stage) -> None:
+        def plans() -> dict[str, float]:
+            return {
+                sample.labels["executor"]: sample.value
+                for family in stage.metrics.registry.collect()
+                for sample in family.samples
+                if sample.name == "nanovllm_plans_total"
+            }
+
+        for number, link in enumerate(FakeLink.made, start=1):
+            link.counts.num_plans = number
+        assert plans() == {"unix:/one": 1, "unix:/two": 2}
+        stage.pool.remove_executor("unix:/two")
+        assert plans() == {"unix:/one": 1}
+        stage.pool.add_executor("unix:/two")
+        assert plans() == {"unix:/one": 1, "unix:/two": 0}
+        # The link that was stopped may not have noticed yet.
+        FakeLink.made[1].counts.num_plans += 1
+        assert plans() == {"unix:/one": 1, "unix:/two": 0}
 
     run(scenario)
