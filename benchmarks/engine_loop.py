@@ -9,12 +9,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nanovllm.v1 import inference_pb2
+from nanovllm.v1 import executor_pb2, inference_pb2
 from scheduler_service.engine import Engine, EngineLimits
+from scheduler_service.executors.load import FleetLoad
+from scheduler_service.executors.pool import ExecutorPool
 from scheduler_service.live_request import LiveRequest
 from scheduler_service.model_spec import DefaultSampling, ModelSpec
 from scheduler_service.plan import FINISH_NONE, Plan, StepResult
-from scheduler_service.scheduler import ExecutorCapacity, Scheduler
+from scheduler_service.scheduler import ExecutorCapacity
 from scheduler_service.sequence import SlotId, StepId
 from scheduler_service.settings import SchedulerSettings
 from scheduler_service.telemetry.request_metrics import EngineMetrics
@@ -57,26 +59,27 @@ class EngineRun:
 
 
 def run_engine(
-    make_metrics: Callable[[Scheduler], EngineMetrics], *, num_sequences: int, num_iterations: int
+    make_metrics: Callable[[FleetLoad], EngineMetrics], *, num_sequences: int, num_iterations: int
 ) -> EngineRun:
     """Decodes `num_sequences` requests together and times the iterations behind the prefill."""
     return asyncio.run(_run(make_metrics, num_sequences, num_iterations))
 
 
 async def _run(
-    make_metrics: Callable[[Scheduler], EngineMetrics], num_sequences: int, num_iterations: int
+    make_metrics: Callable[[FleetLoad], EngineMetrics], num_sequences: int, num_iterations: int
 ) -> EngineRun:
     settings = SchedulerSettings(max_queued_requests=num_sequences)
-    scheduler = Scheduler(settings.policy())
+    pool = ExecutorPool(settings.policy(), settings.routing(), settings.executor_wait_timeout_s)
+    connection = pool.add_executor("unix:/executor")
     limits = EngineLimits(
         admission=settings.admission(),
-        executor_wait_timeout_s=settings.executor_wait_timeout_s,
         max_executor_losses=settings.max_executor_losses,
     )
-    metrics = make_metrics(scheduler)
-    engine = Engine(scheduler, _MODEL, _NoText(), metrics, limits)  # type: ignore[arg-type]
+    metrics = make_metrics(pool.load)
+    engine = Engine(pool, _MODEL, _NoText(), metrics, limits)  # type: ignore[arg-type]
     plans: list[Plan] = []
-    engine.on_connected(_capacity(num_sequences, num_iterations), plans.append)
+    info = executor_pb2.GetExecutorInfoResponse()
+    connection.on_connected(info, _capacity(num_sequences, num_iterations), plans.append)
     # Two tokens more than are made: nothing finishes.
     requests = [_submit(engine, index, num_iterations + 2) for index in range(num_sequences)]
     readers = [asyncio.create_task(_read(engine, request)) for request in requests]
@@ -85,11 +88,11 @@ async def _run(
     if len(slots) != num_sequences:
         raise RuntimeError(f"{len(slots)} of {num_sequences} prompts were planned at once")
 
-    engine.on_results([_result(plans[-1].step_id, slots)])
+    connection.on_results([_result(plans[-1].step_id, slots)])
     await _settle(requests)
     start_s = time.thread_time()
     for _ in range(num_iterations):
-        engine.on_results([_result(plans[-1].step_id, slots)])
+        connection.on_results([_result(plans[-1].step_id, slots)])
         await _settle(requests)
     cpu_s = time.thread_time() - start_s
     for reader in readers:

@@ -18,7 +18,9 @@ from benchmarks.machine import describe_machine, machine_line
 from benchmarks.report import write_json
 from nanovllm.cli.options import positive_int
 from scheduler_service.completion import Completion
-from scheduler_service.scheduler import Scheduler, SchedulerPolicy
+from scheduler_service.executors.fleet import Fleet
+from scheduler_service.executors.load import FleetLoad
+from scheduler_service.scheduler import SchedulerPolicy
 from scheduler_service.sequence import Sequence as TokenSequence
 from scheduler_service.sequence import SequenceId
 from scheduler_service.telemetry.metrics import SchedulerMetrics
@@ -33,9 +35,6 @@ _MAX_MODEL_LEN = 32_768
 
 class NoMetrics:
     """An `EngineMetrics` that does nothing."""
-
-    def on_executor_restart(self) -> None:
-        """Does nothing."""
 
     def on_iteration(self, num_tokens: int) -> None:
         """Does nothing."""
@@ -52,19 +51,19 @@ class NoMetrics:
         """Does nothing."""
 
 
-def own_metrics(scheduler: Scheduler) -> RequestMetrics:
+def own_metrics(load: FleetLoad) -> RequestMetrics:
     """Metrics under our own names."""
-    return RequestMetrics(SchedulerMetrics(scheduler, "model"))
+    return RequestMetrics(SchedulerMetrics(load, "model"))
 
 
-def vllm_metrics(scheduler: Scheduler) -> RequestMetrics:
+def vllm_metrics(load: FleetLoad) -> RequestMetrics:
     """Metrics under vLLM's names as well."""
-    metrics = SchedulerMetrics(scheduler, "model")
+    metrics = SchedulerMetrics(load, "model")
     export_vllm_names(metrics, _MAX_MODEL_LEN)
     return RequestMetrics(metrics)
 
 
-def no_metrics(scheduler: Scheduler) -> NoMetrics:
+def no_metrics(load: FleetLoad) -> NoMetrics:
     """No metrics at all."""
     return NoMetrics()
 
@@ -112,7 +111,7 @@ def measure_recording(num_running: int, repetitions: int) -> RecordingCost:
             ("own_scattered_us", own_metrics, scattered),
             ("vllm_scattered_us", vllm_metrics, scattered),
         ):
-            metrics = make(Scheduler(SchedulerPolicy()))
+            metrics = make(FleetLoad(Fleet(SchedulerPolicy())))
             costs.setdefault(name, []).append(_record(metrics, last_s))
     medians = {name: statistics.median(values) for name, values in costs.items()}
     return RecordingCost(num_running=num_running, **medians)
@@ -136,7 +135,7 @@ def _record(metrics: EngineMetrics, last_token_s: Sequence[float]) -> float:
 
 def measure_engine(num_running: int, rounds: int) -> EngineCost:
     """Runs the engine with each kind of metrics in turn, in an order that changes."""
-    kinds: list[tuple[str, Callable[[Scheduler], EngineMetrics]]] = [
+    kinds: list[tuple[str, Callable[[FleetLoad], EngineMetrics]]] = [
         ("none", no_metrics),
         ("own", own_metrics),
         ("vllm", vllm_metrics),

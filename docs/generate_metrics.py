@@ -11,9 +11,11 @@ from prometheus_client.metrics_core import Metric
 
 from docs.tables import markdown_table
 from executor_service.metrics import ExecutorMetrics
-from scheduler_service.scheduler import ExecutorCapacity, Scheduler, SchedulerPolicy
+from scheduler_service.executors.fleet import Fleet
+from scheduler_service.executors.load import FleetLoad
+from scheduler_service.scheduler import ExecutorCapacity, SchedulerPolicy
 from scheduler_service.telemetry.metrics import SchedulerMetrics, buckets, vllm
-from scheduler_service.telemetry.metrics.scheduler_metrics import PREFIX
+from scheduler_service.telemetry.metrics.executor_metrics import PREFIX
 
 DOCUMENT = Path(__file__).with_name("metrics.md")
 
@@ -25,6 +27,11 @@ Written by `make docs` from the definitions in the code.
 The scheduler serves Prometheus metrics on port 9401, the executor on port 9402. Every metric has
 the label `model_name`. No label has a value that comes from a request. Values of a label that are
 known are there from the start, with 0, so that a rate sees the first event.
+
+What belongs to one executor has the label `executor`, the address that the scheduler was given for
+it. An executor that leaves takes its series along, and one that joins again begins at 0, so take
+the rate of a counter before the sum over `executor`. Sequences that wait while no executor takes
+any are shown at the executor `none`.
 
 ## Metrics of `scheduler_service`
 
@@ -49,7 +56,8 @@ Times of the device are measured by events on a GPU, and by the clock on a CPU.
 
 With `--metrics-compat vllm` the scheduler serves the following as well, with the labels
 `model_name` and `engine` (always `0`) and with vLLM's buckets, so that dashboards, autoscalers and
-gateways made for vLLM work. They show the same counts and observations; nothing is recorded twice.
+gateways made for vLLM work. They show the same counts and observations, all executors together;
+nothing is recorded twice.
 
 {vllm}
 
@@ -62,7 +70,8 @@ Where they differ from vLLM's own:
 - `vllm:request_params_max_tokens` leaves out requests without a limit of their own; vLLM's server
   fills one in.
 - `vllm:cache_config_info` has the labels that gateways read, `block_size` and `num_gpu_blocks`, and
-  the executor's limits, but not the other settings of vLLM's cache.
+  the executor's limits, but not the other settings of vLLM's cache. Executors of different sizes
+  have a series each.
 - What this engine does not have has no metrics: LoRA, speculative decoding, multimodal input. Names
   that vLLM gave up, such as `vllm:gpu_cache_usage_perc`, are not served either.
 """
@@ -85,8 +94,9 @@ def document() -> str:
 
 def _scheduler() -> list[Metric]:
     """Of a scheduler that has an executor, since some metrics describe it."""
-    scheduler = Scheduler(SchedulerPolicy())
-    metrics = SchedulerMetrics(scheduler, "model")
+    fleet = Fleet(SchedulerPolicy())
+    scheduler = fleet.join("127.0.0.1:50052").scheduler
+    metrics = SchedulerMetrics(FleetLoad(fleet), "model")
     vllm.export_vllm_names(metrics, 4096)
     scheduler.attach(ExecutorCapacity(64, 16, 8, 512, 4096))
     return _families(metrics.registry)
@@ -147,7 +157,10 @@ def _labels(family: Metric, known: Iterable[str] = ()) -> str:
                 values.setdefault(label, {})[value] = None
     if family.name.endswith("_info"):
         return ", ".join(f"`{label}`" for label in sorted(values))
-    return "; ".join(f"`{label}`: {', '.join(values[label])}" for label in sorted(values))
+    return "; ".join(
+        f"`{label}`" if label == "executor" else f"`{label}`: {', '.join(values[label])}"
+        for label in sorted(values)
+    )
 
 
 if __name__ == "__main__":

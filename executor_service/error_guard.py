@@ -48,8 +48,8 @@ def _guarded(method: str, behaviour: Callable[..., Any]) -> Callable[..., Any]:
     def respond(request: Any, context: grpc.ServicerContext) -> Any:
         try:
             return behaviour(request, context)
-        except Exception:
-            _answer(method, context)
+        except Exception as error:
+            _answer(method, context, error)
             raise
 
     return respond
@@ -59,16 +59,19 @@ def _guarded_stream(method: str, behaviour: Callable[..., Any]) -> Callable[...,
     def respond(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         try:
             yield from behaviour(request, context)
-        except Exception:
-            _answer(method, context)
+        except Exception as error:
+            _answer(method, context, error)
             raise
 
     return respond
 
 
-def _answer(method: str, context: Any) -> None:
-    """Ends the call, unless the exception is that of a handler that has ended it itself."""
+def _answer(method: str, context: Any, error: Exception) -> None:
+    """Ends the call, unless its handler or the peer has ended it."""
     if context.code() is not None:
+        return
+    # What reading the next request raises once the peer has cancelled; gRPC knows what it is.
+    if isinstance(error, grpc.RpcError) and not context.is_active():
         return
     reference = secrets.token_hex(4)
     logger.exception("call failed", extra=fields(method=method, reference=reference))

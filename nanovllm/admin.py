@@ -1,5 +1,6 @@
 """The client of the admin service."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -8,10 +9,13 @@ import grpc
 
 from nanovllm.access import Access
 from nanovllm.channel import UNARY_TIMEOUT_S, check_address
-from nanovllm.errors import client_error
+from nanovllm.errors import NanovllmError, client_error, executor_change_error
+from nanovllm.server_info import ExecutorSummary
 from nanovllm.tls import TlsConfig
 from nanovllm.v1 import admin_pb2 as pb
 from nanovllm.v1 import admin_pb2_grpc as pb_grpc
+
+_Translate = Callable[[grpc.RpcError, str], NanovllmError]
 
 
 class SequenceState(StrEnum):
@@ -61,6 +65,29 @@ class SchedulerState:
 
     requests: tuple[LiveRequest, ...]
     draining: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutorStatus:
+    """How an executor is and what it has to do."""
+
+    #: What it says of itself; without a connection its address and number of sequences alone.
+    summary: ExecutorSummary
+    connected: bool
+    #: Whether it gets nothing new.
+    draining: bool
+    #: Why it is not connected; empty while it is.
+    problem: str
+    #: KV blocks in all, those with nothing in them, and those with nothing but a cached prefix.
+    num_kv_blocks: int
+    num_free_kv_blocks: int
+    num_cached_kv_blocks: int
+
+    @property
+    def kv_usage_ratio(self) -> float:
+        """Share of its KV blocks that sequences own."""
+        num_unowned = self.num_free_kv_blocks + self.num_cached_kv_blocks
+        return 1 - num_unowned / self.num_kv_blocks if self.num_kv_blocks else 0.0
 
 
 class AdminClient:
@@ -125,6 +152,49 @@ class AdminClient:
         previous = self._call(self._stub.SetLogLevel, request).previous_level
         return LogLevel(_name(pb.LogLevel.Name(previous), "LOG_LEVEL_"))
 
+    def executors(self) -> list[ExecutorStatus]:
+        """Returns every executor, in the order in which they joined."""
+        response = self._call(self._stub.ListExecutors, pb.ListExecutorsRequest())
+        return [_executor_status(item) for item in response.executors]
+
+    def add_executor(self, address: str) -> None:
+        """Has an executor join, until the scheduler ends; it may take a while to be connected.
+
+        Raises:
+            InvalidRequestError: The address is none, or reaches beyond the scheduler's machine
+                unprotected.
+            ExecutorChangeError: It is an executor's already.
+        """
+        self._change(self._stub.AddExecutor, pb.AddExecutorRequest(address=address))
+
+    def remove_executor(self, address: str) -> int:
+        """Has an executor leave at once; returns how many sequences that interrupts.
+
+        Raises:
+            ExecutorChangeError: There is no such executor, or every other one is drained.
+        """
+        request = pb.RemoveExecutorRequest(address=address)
+        num_interrupted: int = self._change(self._stub.RemoveExecutor, request).num_interrupted
+        return num_interrupted
+
+    def drain_executor(self, address: str) -> int:
+        """Has nothing new sent to an executor; returns how many sequences still run there.
+
+        Raises:
+            ExecutorChangeError: There is no such executor.
+        """
+        request = pb.DrainExecutorRequest(address=address)
+        num_running: int = self._change(self._stub.DrainExecutor, request).num_running
+        return num_running
+
+    def undrain_executor(self, address: str) -> None:
+        """Has requests sent to an executor again.
+
+        Raises:
+            ExecutorChangeError: There is no such executor.
+        """
+        self._change(self._stub.UndrainExecutor, pb.UndrainExecutorRequest(address=address))
+
     def close(self) -> None:
         """Closes the connection."""
         self._channel.close()
@@ -135,11 +205,14 @@ class AdminClient:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _call(self, method: Any, request: Any) -> Any:
+    def _change(self, method: Any, request: Any) -> Any:
+        return self._call(method, request, executor_change_error)
+
+    def _call(self, method: Any, request: Any, translate: _Translate = client_error) -> Any:
         try:
             return method(request, timeout=self._timeout_s, metadata=self._access.metadata)
         except grpc.RpcError as error:
-            raise client_error(error, self.address) from error
+            raise translate(error, self.address) from error
 
 
 def _live_request(message: pb.LiveRequest) -> LiveRequest:
@@ -157,6 +230,18 @@ def _live_request(message: pb.LiveRequest) -> LiveRequest:
             )
             for sequence in message.sequences
         ),
+    )
+
+
+def _executor_status(message: pb.ExecutorStatus) -> ExecutorStatus:
+    return ExecutorStatus(
+        ExecutorSummary.from_proto(message.summary),
+        connected=message.connected,
+        draining=message.draining,
+        problem=message.problem,
+        num_kv_blocks=message.num_kv_blocks,
+        num_free_kv_blocks=message.num_free_kv_blocks,
+        num_cached_kv_blocks=message.num_cached_kv_blocks,
     )
 
 

@@ -1,6 +1,6 @@
 """What can go wrong with a request: one exception per thing that a caller can do about it.
 
-`client_error` is the only place that reads gRPC status codes and `google.rpc` details.
+This is the only place that reads gRPC status codes and `google.rpc` details.
 """
 
 from dataclasses import dataclass
@@ -76,6 +76,10 @@ class AuthenticationError(NanovllmError):
     """The server does not know the caller: the token is missing or wrong."""
 
 
+class ExecutorChangeError(NanovllmError):
+    """The scheduler's executors cannot be changed as asked; the message says why."""
+
+
 class ServerError(NanovllmError):
     """The server failed, or answered something that it should not."""
 
@@ -87,6 +91,21 @@ _PLAIN_ERRORS: dict[grpc.StatusCode, type[NanovllmError]] = {
     grpc.StatusCode.CANCELLED: RequestCancelledError,
     grpc.StatusCode.UNAUTHENTICATED: AuthenticationError,
 }
+
+
+#: What an administrator's change of the executors is refused with.
+_EXECUTOR_CHANGE_CODES = (
+    grpc.StatusCode.ALREADY_EXISTS,
+    grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.FAILED_PRECONDITION,
+)
+
+
+def executor_change_error(error: grpc.RpcError, address: str) -> NanovllmError:
+    """As `client_error`, of a call that changes the scheduler's executors."""
+    if isinstance(error, grpc.Call) and error.code() in _EXECUTOR_CHANGE_CODES:
+        return ExecutorChangeError(error.details() or error.code().name, error.code())
+    return client_error(error, address)
 
 
 def client_error(error: grpc.RpcError, address: str) -> NanovllmError:

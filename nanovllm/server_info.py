@@ -42,7 +42,7 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class ExecutorSummary:
-    """The executor behind a scheduler."""
+    """An executor behind a scheduler."""
 
     address: str
     #: Random number drawn when the executor process started.
@@ -52,6 +52,24 @@ class ExecutorSummary:
     attention_backend: str
     max_num_seqs: int
     max_num_batched_tokens: int
+    #: Sequences that hold KV blocks there, and sequences that wait for some.
+    num_running: int = 0
+    num_waiting: int = 0
+
+    @classmethod
+    def from_proto(cls, message: pb.ExecutorSummary) -> "ExecutorSummary":
+        """Returns the value of a message."""
+        return cls(
+            address=message.address,
+            epoch=message.epoch,
+            device=message.device,
+            dtype=message.dtype,
+            attention_backend=message.attention_backend,
+            max_num_seqs=message.max_num_seqs,
+            max_num_batched_tokens=message.max_num_batched_tokens,
+            num_running=message.num_running,
+            num_waiting=message.num_waiting,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,23 +88,17 @@ class ServerStatus:
     #: Tokens per KV block.
     kv_block_size: int
     executor_connected: bool
-    #: None while no executor is connected.
+    #: The first of `executors`; None while no executor is connected.
     executor: ExecutorSummary | None
+    #: Every connected executor.
+    executors: tuple[ExecutorSummary, ...] = ()
 
     @classmethod
     def from_proto(cls, message: pb.GetServerStatusResponse) -> "ServerStatus":
         """Returns the value of a message."""
         executor = None
         if message.HasField("executor"):
-            executor = ExecutorSummary(
-                address=message.executor.address,
-                epoch=message.executor.epoch,
-                device=message.executor.device,
-                dtype=message.executor.dtype,
-                attention_backend=message.executor.attention_backend,
-                max_num_seqs=message.executor.max_num_seqs,
-                max_num_batched_tokens=message.executor.max_num_batched_tokens,
-            )
+            executor = ExecutorSummary.from_proto(message.executor)
         return cls(
             version=message.version,
             uptime_s=message.uptime_s,
@@ -98,6 +110,7 @@ class ServerStatus:
             kv_block_size=message.kv_block_size,
             executor_connected=message.executor_state == pb.EXECUTOR_STATE_CONNECTED,
             executor=executor,
+            executors=tuple(map(ExecutorSummary.from_proto, message.executors)),
         )
 
 

@@ -16,9 +16,9 @@ from scheduler_service.errors import (
     QueueWaitError,
     ResponseMemoryError,
 )
+from scheduler_service.executors.load import FleetLoad
 from scheduler_service.lengths import SequenceLengths
 from scheduler_service.queue_wait import DrainRate, Load, ServiceTime, expected_wait_s
-from scheduler_service.scheduler import Scheduler
 from scheduler_service.validation import GenerateSpec
 
 # Memory of one token's log-probabilities while nobody has read them: the object with its two lists,
@@ -78,12 +78,12 @@ class Admission:
     def __init__(
         self,
         limits: AdmissionLimits,
-        scheduler: Scheduler,
+        load: FleetLoad,
         lengths: SequenceLengths,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._limits = limits
-        self._scheduler = scheduler
+        self._load = load
         self._lengths = lengths
         self._clock = clock
         self._drain_rate = DrainRate()
@@ -139,29 +139,27 @@ class Admission:
 
     def observe_plan(self, now_s: float) -> None:
         """Looks at the queue as a plan leaves it."""
-        scheduler = self._scheduler
-        self._drain_rate.observe(
-            now_s, scheduler.num_waiting_tokens(), scheduler.stats.admitted_tokens
-        )
+        load = self._load
+        self._drain_rate.observe(now_s, load.num_waiting_tokens(), load.num_admitted_tokens)
 
     def observe_service_time(self, duration_s: float) -> None:
         """A sequence ran to its own end, `duration_s` after its first admission."""
         self._service_time.observe(duration_s)
 
     def on_executor_lost(self) -> None:
-        """Until there is another executor, waiting says nothing about the queue's speed."""
+        """The last executor is gone; until there is one, waiting says nothing about the speed."""
         self._drain_rate.pause(self._clock())
 
     def expected_wait_s(self, priority: int) -> float | None:
         """How long a request of this priority would wait for a slot; None if nothing is known."""
-        scheduler = self._scheduler
-        num_tokens_ahead = scheduler.num_waiting_tokens(priority)
-        if self.num_reserved and scheduler.num_running:
+        load = self._load
+        num_tokens_ahead = load.num_waiting_tokens(priority)
+        if self.num_reserved and load.num_running:
             # Their prompts are not known yet; take them for what runs.
-            mean_tokens = scheduler.num_running_tokens // scheduler.num_running
+            mean_tokens = load.num_running_tokens // load.num_running
             num_tokens_ahead += self.num_reserved * mean_tokens
         return expected_wait_s(
-            Load(num_tokens_ahead, scheduler.num_running_tokens, scheduler.is_full),
+            Load(num_tokens_ahead, load.num_running_tokens, load.is_full),
             self._drain_rate.tokens_per_s(self._clock()),
             self._service_time.mean_s,
         )
@@ -175,7 +173,7 @@ class Admission:
         return None if service_time_s is None else _WAIT_PER_SERVICE_TIME * service_time_s
 
     def _check_places(self, num_new: int) -> None:
-        waiting = self._scheduler.num_waiting + self.num_reserved
+        waiting = self._load.num_waiting + self.num_reserved
         if waiting + num_new > self._limits.max_queued_requests:
             raise QueueFullError(
                 f"{waiting} sequences wait already, the limit is "
@@ -184,14 +182,13 @@ class Admission:
             )
 
     def _check_wait(self, priority: int) -> None:
-        capacity = self._scheduler.capacity
-        if self._limits.max_queue_wait_s == 0 or capacity is None:
+        if self._limits.max_queue_wait_s == 0 or not self._load.is_connected:
             return  # without an executor the wait is bounded by --executor-wait-timeout-s
         wait_s, max_wait_s = self.expected_wait_s(priority), self._max_wait_s
         if wait_s is None or max_wait_s is None:
             # Nothing has been measured yet. Another batch is about what may wait then.
-            waiting = self._scheduler.num_waiting + self.num_reserved
-            if waiting < capacity.max_num_seqs:
+            waiting = self._load.num_waiting + self.num_reserved
+            if waiting < self._load.max_num_seqs:
                 return
             raise QueueWaitError(
                 f"{waiting} sequences wait already and nothing is known about their speed yet; "
@@ -206,7 +203,7 @@ class Admission:
             )
 
     def _check_tokens(self, num_new: int) -> None:
-        waiting = self._scheduler.num_waiting_tokens()
+        waiting = self._load.num_waiting_tokens()
         # An empty queue takes any request: it may not even have to wait.
         if waiting and waiting + num_new > self._limits.max_queued_tokens:
             raise QueueTokensError(

@@ -1,13 +1,13 @@
-"""The engine: joins requests, the pure scheduler and the executor link on one event loop.
+"""The engine: joins requests and the pool of executors on one event loop.
 
 Everything here runs on that loop, so nothing is locked. Servicers submit requests and wait for
-deltas; the link reports sessions and results; the engine turns both into plans.
+deltas; the pool reports sessions and results, and makes the plans.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,16 +18,17 @@ from scheduler_service.errors import (
     DeadlineError,
     DuplicateRequestError,
     ExecutorFailedError,
+    NoExecutorError,
     RequestError,
     SupersededError,
 )
-from scheduler_service.executor_absence import ExecutorAbsence
+from scheduler_service.executors.member import Member
+from scheduler_service.executors.pool import ExecutorPool
 from scheduler_service.lengths import SequenceLengths
 from scheduler_service.live_request import LiveRequest, RequestFactory
 from scheduler_service.model_spec import ModelSpec
-from scheduler_service.plan import Plan, StepResult
+from scheduler_service.plan import StepResult
 from scheduler_service.reservation import Reservation
-from scheduler_service.scheduler import ExecutorCapacity, Scheduler
 from scheduler_service.sequence import FinishReason, Sequence, SequenceId
 from scheduler_service.telemetry.request_metrics import EngineMetrics
 from scheduler_service.text.tokenizer import Tokenizer
@@ -35,15 +36,12 @@ from scheduler_service.validation import GenerateSpec, RequestKey
 
 logger = logging.getLogger(__name__)
 
-SendPlan = Callable[[Plan], None]
-
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
     """Bounds that protect the process and its callers."""
 
     admission: AdmissionLimits
-    executor_wait_timeout_s: float
     max_executor_losses: int
 
 
@@ -52,42 +50,33 @@ class Engine:
 
     def __init__(
         self,
-        scheduler: Scheduler,
+        pool: ExecutorPool,
         model: ModelSpec,
         tokenizer: Tokenizer,
         metrics: EngineMetrics,
         limits: EngineLimits,
     ) -> None:
-        self.scheduler = scheduler
+        self.pool = pool
+        pool.listener = self
         self.model = model
         self._metrics = metrics
         self._limits = limits
-        self._lengths = SequenceLengths(model, scheduler)
-        self.admission = Admission(limits.admission, scheduler, self._lengths)
+        self._lengths = SequenceLengths(model, pool.load)
+        self.admission = Admission(limits.admission, pool.load, self._lengths)
         self._factory = RequestFactory(tokenizer, self._lengths)
         self._requests: dict[RequestKey, LiveRequest] = {}
         self._reservations: dict[RequestKey, Reservation] = {}
         self._idle = asyncio.Event()
         self._idle.set()
         self._owners: dict[SequenceId, tuple[LiveRequest, Completion]] = {}
-        self._send: SendPlan | None = None
-        self._plan_scheduled = False
         self._deliveries = DeliveryQueue()
-        self._had_session = False
         # What new requests are told while none are taken.
         self._refusal: RequestError | None = None
-        self._absence = ExecutorAbsence(
-            limits.executor_wait_timeout_s, self._on_executor_absent_for_too_long
-        )
 
     @property
     def max_model_len(self) -> int:
-        """Longest sequence: the model's own limit, or the executor's if that is less."""
+        """Longest sequence: the model's own limit, or the largest executor's if that is less."""
         return self._lengths.max_model_len
-
-    def start(self) -> None:
-        """Starts the clock on the first connection."""
-        self._absence.begin()
 
     # Requests
 
@@ -130,7 +119,7 @@ class Engine:
         seqs = self._factory.sequences(reservation, prompt_token_ids)
         if not reservation.is_aborted:
             longest = max(seqs.values(), key=lambda seq: seq.num_tokens)
-            if longest.num_tokens >= longest.max_total_tokens or not self.scheduler.fits(longest):
+            if longest.num_tokens >= longest.max_total_tokens or not self.pool.fits(longest):
                 raise self._lengths.never_fits(longest)
             self.admission.check_queue(spec, longest.max_total_tokens)
         request = self._factory.request(reservation, seqs)
@@ -139,15 +128,14 @@ class Engine:
         self._requests[request.key] = request
         for completion in request.completions:
             self._owners[completion.seq.seq_id] = (request, completion)
-            self.scheduler.add(completion.seq)
+        self.pool.add([completion.seq for completion in request.completions])
         for completion in request.completions:
             if completion.has_stop_match:
                 # What the client has received ends in a stop string, which it was not told.
-                self.scheduler.finish(completion.seq, FinishReason.STOP)
+                self.pool.finish(completion.seq, FinishReason.STOP)
                 self._on_finished(completion)
         if reservation.is_aborted:
             self._finish_all(request, FinishReason.ABORT)
-        self._plan_soon()
         return request
 
     def refuse_new(self, error: RequestError | None) -> None:
@@ -172,8 +160,7 @@ class Engine:
 
     def flush_prefix_cache(self) -> int:
         """Forgets the cached prefixes that no sequence uses; returns how many blocks that frees."""
-        blocks = self.scheduler.blocks
-        return 0 if blocks is None else blocks.drop_cache()
+        return self.pool.drop_prefixes()
 
     async def wait_until_idle(self) -> None:
         """Waits until no request is live or being tokenized."""
@@ -256,8 +243,9 @@ class Engine:
             reservation.fail(error)
 
     def _check_executor(self) -> None:
-        if self._absence.is_too_long:
-            raise self._absence.error()
+        refusal = self.pool.refusal()
+        if refusal is not None:
+            raise refusal
 
     def _end(self, request: LiveRequest, reason: FinishReason) -> None:
         """Forgets a request; whatever of it still runs ends for `reason`."""
@@ -285,50 +273,34 @@ class Engine:
     def _finish_all(self, request: LiveRequest, reason: FinishReason) -> None:
         for completion in request.completions:
             if not completion.seq.is_finished:
-                self.scheduler.finish(completion.seq, reason)
+                self.pool.finish(completion.seq, reason)
                 self._on_finished(completion)
-        self._plan_soon()
 
     def _fail(self, request: LiveRequest, error: RequestError) -> None:
         request.error = error
         self._finish_all(request, FinishReason.ERROR)
         self._deliveries.tell(request)
 
-    # The executor link
+    # What the pool tells
 
-    def on_connected(self, capacity: ExecutorCapacity, send: SendPlan) -> None:
-        """A session is open: all slots are free, the cache is empty."""
-        self._absence.end()
-        if self._had_session:
-            self._metrics.on_executor_restart()
-        self._had_session = True
-        self._send = send
-        for seq in self.scheduler.attach(capacity):
-            owner = self._owners.get(seq.seq_id)
-            if owner is None:
-                continue  # ended below, with another completion of its request
-            request, _ = owner
+    def on_connected(self, unsettled: Iterable[Sequence]) -> None:
+        """A session is open; see `PoolListener`."""
+        for seq in unsettled:
             # The limit was made for another executor, or before there was any.
+            request, _ = self._owners[seq.seq_id]
             seq.max_total_tokens = self._lengths.max_total_tokens(
                 seq.num_prompt_tokens, request.max_tokens
             )
-            if seq.num_tokens >= seq.max_total_tokens or not self.scheduler.fits(seq):
-                self._fail(request, self._lengths.never_fits(seq))
-        self._plan_soon()
 
-    def on_disconnected(self, problem: str) -> None:
-        """The session is over. Running requests wait for the next one."""
-        self._absence.problem = problem
-        if self._send is None:
-            return
-        self._send = None
+    def on_displaced(self, seqs: Iterable[Sequence], *, is_loss: bool) -> None:
+        """Running sequences wait for another executor, or for the same one to return."""
         now_s = time.monotonic()
-        for _, completion in self._owners.values():
-            seq = completion.seq
-            if seq.history is not None and seq.slot is not None:
+        for seq in seqs:
+            seq.num_executor_losses += is_loss
+            if seq.history is not None:
                 seq.history.executor_lost(now_s)
-        self.scheduler.detach()
-        self.admission.on_executor_lost()
+        if not self.pool.load.is_connected:
+            self.admission.on_executor_lost()
         limit = self._limits.max_executor_losses
         for request in list(self._requests.values()):
             for completion in request.completions:
@@ -342,15 +314,26 @@ class Engine:
             ):
                 message = f"the executor was lost more than {limit} times during this request"
                 self._fail(request, ExecutorFailedError(message))
-        self._absence.begin()
 
-    def on_results(self, results: Iterable[StepResult]) -> None:
-        """Takes in results in order. Raises ExecutorProtocolError."""
+    def on_stranded(self, seqs: Iterable[Sequence], error: NoExecutorError | None) -> None:
+        """Nobody will run these sequences; None: because no executor is large enough."""
+        for seq in seqs:
+            if not seq.is_finished:  # above, with another completion of its request
+                request, _ = self._owners[seq.seq_id]
+                self._fail(request, error or self._lengths.never_fits(seq))
+
+    def on_planned(self) -> None:
+        """Plans were made."""
+        self.admission.observe_plan(time.monotonic())
+
+    def on_results(self, member: Member, results: Iterable[StepResult]) -> None:
+        """Takes in an executor's results in order. Raises ExecutorProtocolError."""
+        scheduler = member.scheduler
         now_s = time.monotonic()
         token_counts: dict[SequenceId, int] = {}
         progress: list[tuple[int, list[Sequence]]] = []
         for result in results:
-            progressed, num_tokens = self.scheduler.update(result)
+            progressed, num_tokens = scheduler.update(result)
             progress.append((result.iteration, progressed))
             if num_tokens:
                 self._metrics.on_iteration(num_tokens)
@@ -358,7 +341,7 @@ class Engine:
                 token_counts[seq.seq_id] = token_counts.get(seq.seq_id, 0) + 1
                 _, completion = self._owners[seq.seq_id]
                 if completion.stop_matcher is not None and completion.match_stop_strings():
-                    self.scheduler.finish(seq, FinishReason.STOP)
+                    scheduler.finish(seq, FinishReason.STOP)
                     seq.finish_reason = FinishReason.STOP
         owners = [self._owners[seq_id] for seq_id in token_counts]
         for _, completion in owners:
@@ -373,26 +356,3 @@ class Engine:
             if completion.seq.is_finished:
                 self._on_finished(completion)
             self._deliveries.tell(request)
-        self._plan_now()
-
-    # Planning
-
-    def _plan_soon(self) -> None:
-        """Plans once after everything that arrived in this turn of the event loop."""
-        if not self._plan_scheduled and self._send is not None:
-            self._plan_scheduled = True
-            asyncio.get_running_loop().call_soon(self._plan_now)
-
-    def _plan_now(self) -> None:
-        self._plan_scheduled = False
-        if self._send is None:
-            return
-        while (plan := self.scheduler.schedule(time.monotonic())) is not None:
-            self._send(plan)
-        self.admission.observe_plan(time.monotonic())
-
-    def _on_executor_absent_for_too_long(self) -> None:
-        for request in list(self._requests.values()):
-            # One that is finished lacks nothing but a reader that takes its last deltas.
-            if not request.is_finished:
-                self._fail(request, self._absence.error())

@@ -13,6 +13,7 @@ works ahead of it. Two facts make that safe:
 """
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from scheduler_service.block_manager import (
@@ -95,6 +96,14 @@ class SchedulerStats:
     # Cost of the sequences that got a slot, counted again each time that one gets another.
     admitted_tokens: int = 0
 
+    def add(self, other: "SchedulerStats") -> None:
+        """Counts in what another scheduler counted."""
+        self.num_preemptions += other.num_preemptions
+        self.recomputed_tokens += other.recomputed_tokens
+        self.prefix_queried_tokens += other.prefix_queried_tokens
+        self.prefix_hit_tokens += other.prefix_hit_tokens
+        self.admitted_tokens += other.admitted_tokens
+
 
 @dataclass(slots=True)
 class _PrefillPlan:
@@ -167,10 +176,17 @@ class Scheduler:
             return True
         return any(self._capacity_tokens(seq) >= seq.num_tokens for seq in self._decoding.values())
 
-    def attach(self, capacity: ExecutorCapacity) -> list[Sequence]:
+    @property
+    def num_queued_tokens(self) -> int:
+        """Known tokens that no plan computes yet, without those that are expected to be cached."""
+        under_way = self._prefilling.values()
+        not_planned = sum(seq.num_tokens - seq.num_planned_tokens for seq in under_way)
+        return self._waiting.num_uncached_tokens + not_planned
+
+    def attach(self, capacity: ExecutorCapacity) -> None:
         """Starts to plan for an executor whose slots are all free and whose cache is empty.
 
-        Returns the waiting sequences that can never fit it; the caller ends them.
+        What waits may not fit it; see `fits`.
         """
         if self.capacity is not None:
             self.detach()
@@ -179,14 +195,14 @@ class Scheduler:
         self.listen_to_prefixes(self._prefix_listener)
         self._free_slots = [SlotId(i) for i in range(capacity.max_num_seqs - 1, -1, -1)]
         self._last_step_id = StepId(0)
-        for seq in self._waiting:
-            seq.forget_block_hashes()
-        return [seq for seq in self._waiting if not self.fits(seq)]
 
-    def detach(self) -> None:
-        """The executor is gone: every running sequence waits again, with all its tokens."""
-        for seq in list(self._slots.values()):
-            seq.num_executor_losses += 1
+    def detach(self) -> list[Sequence]:
+        """The executor is gone: every running sequence waits again, with all its tokens.
+
+        Returns those that ran.
+        """
+        displaced = list(self._slots.values())
+        for seq in displaced:
             self._unseat(seq)
             self._return_to_queue(seq)
         self.capacity = None
@@ -196,6 +212,7 @@ class Scheduler:
         self._pending_releases.clear()
         self._promised.clear()
         self._prefill_plans.clear()
+        return displaced
 
     def listen_to_prefixes(self, listener: PrefixListener | None) -> None:
         """Has `listener` told how the prefix cache changes from now on; None: nobody."""
@@ -211,9 +228,34 @@ class Scheduler:
             and seq.max_total_tokens <= capacity.max_model_len
         )
 
+    def shareable_hashes(self, seq: Sequence, block_size: int) -> list[BlockHash]:
+        """Hashes of the blocks that a prefix hit may cover: at least one token stays to compute."""
+        if not self.policy.enable_prefix_caching:
+            return []
+        return seq.block_hashes((seq.num_tokens - 1) // block_size, block_size)
+
     def add(self, seq: Sequence) -> None:
-        """Queues a new sequence."""
+        """Queues a new sequence, or one that another scheduler gave away."""
         self._waiting.push(seq)
+
+    def live(self) -> Iterator[Sequence]:
+        """Every sequence that it holds."""
+        yield from self._slots.values()
+        yield from self._waiting
+
+    def waiting(self) -> list[Sequence]:
+        """Sequences without a slot, the most urgent first."""
+        return sorted(self._waiting, key=self._waiting.key)
+
+    def urgency(self, seq: Sequence) -> tuple[float, SequenceId]:
+        """Sort key of the queue, the same in every scheduler of one policy; smaller goes first."""
+        return self._waiting.key(seq)
+
+    def withdraw(self, seq: Sequence) -> None:
+        """Takes a waiting sequence out, for another scheduler. Raises SequenceStateError."""
+        if seq.status is not SequenceStatus.WAITING:
+            raise SequenceStateError(f"sequence {seq.seq_id} is {seq.status} and cannot move")
+        self._waiting.discard(seq)
 
     def finish(self, seq: Sequence, reason: FinishReason) -> None:
         """Ends a sequence in any state; from here on it owns nothing. Repeating it does nothing."""
@@ -293,7 +335,7 @@ class Scheduler:
             candidate = self._waiting.pop()
             if candidate is None:
                 break
-            hashes = self._shareable_hashes(candidate, blocks)
+            hashes = self.shareable_hashes(candidate, blocks.block_size)
             hits = blocks.match_prefix(hashes)
             if len(hits) < len(hashes) and hashes[len(hits)] in self._promised:
                 # Another sequence is about to compute the very block that is missing here. Waiting
@@ -309,13 +351,6 @@ class Scheduler:
                 candidate.history.admitted(now_s, plan.step_id, capacity.executor_epoch)
             budget -= self._plan_chunk(plan, candidate, budget, blocks)
         self._waiting.push_all(deferred)
-
-    def _shareable_hashes(self, seq: Sequence, blocks: BlockManager) -> list[BlockHash]:
-        """Hashes of the blocks that a prefix hit may cover: at least one token stays to compute."""
-        if not self.policy.enable_prefix_caching:
-            return []
-        count = (seq.num_tokens - 1) // blocks.block_size
-        return seq.block_hashes(count, blocks.block_size)
 
     def _admit(
         self,

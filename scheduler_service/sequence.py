@@ -6,6 +6,7 @@ from typing import NewType
 
 from scheduler_service.block_manager import BlockHash, BlockId, extend_hash, root_hash
 from scheduler_service.history import History
+from scheduler_service.router import ExecutorIndex
 
 SequenceId = NewType("SequenceId", int)
 SlotId = NewType("SlotId", int)
@@ -86,6 +87,7 @@ class Sequence:
         "block_table",
         "cache_salt",
         "cost_tokens",
+        "executor",
         "finish_reason",
         "first_admitted_s",
         "history",
@@ -95,6 +97,7 @@ class Sequence:
         "num_cached_tokens",
         "num_computed_before",
         "num_executor_losses",
+        "num_expected_cached_tokens",
         "num_planned_tokens",
         "num_preemptions",
         "num_prompt_tokens",
@@ -144,6 +147,12 @@ class Sequence:
         # When they were asked for, one per token generated here that no delta has taken yet.
         self.logprobs: list[TokenLogprobs] = []
 
+        # Whose queue or batch it is in; None: no executor was chosen yet.
+        self.executor: ExecutorIndex | None = None
+        # Leading tokens whose KV was expected there when it was chosen. Fixed while it waits.
+        self.num_expected_cached_tokens = 0
+        # Leading tokens that should be cached when it is admitted there. Fixed while it waits.
+        self.num_expected_cached_tokens = 0
         # Place on the executor; meaningless while waiting.
         self.slot: SlotId | None = None
         self.admit_step_id = StepId(0)
@@ -152,7 +161,8 @@ class Sequence:
         self.num_planned_tokens = 0
         # Leading blocks whose hash the block manager was told.
         self.num_registered_blocks = 0
-        self._block_hashes: list[BlockHash] = []
+        # By block size, in which executors may differ.
+        self._block_hashes: dict[int, list[BlockHash]] = {}
 
         # History, for usage and metrics.
         self.first_admitted_s: float | None = None
@@ -169,6 +179,11 @@ class Sequence:
     def num_tokens(self) -> int:
         """Known tokens, prompt and output."""
         return len(self.token_ids)
+
+    @property
+    def num_uncached_tokens(self) -> int:
+        """Known tokens that its executor is expected to compute before it goes on."""
+        return len(self.token_ids) - self.num_expected_cached_tokens
 
     @property
     def num_output_tokens(self) -> int:
@@ -193,7 +208,9 @@ class Sequence:
 
     def block_hashes(self, count: int, block_size: int) -> list[BlockHash]:
         """Hash chain of the first `count` full blocks; computed once per block."""
-        hashes = self._block_hashes
+        hashes = self._block_hashes.get(block_size)
+        if hashes is None:
+            hashes = self._block_hashes[block_size] = []
         parent = hashes[-1] if hashes else root_hash(self.cache_salt)
         for index in range(len(hashes), count):
             parent = extend_hash(
@@ -201,7 +218,3 @@ class Sequence:
             )
             hashes.append(parent)
         return hashes[:count]
-
-    def forget_block_hashes(self) -> None:
-        """For a new executor, whose block size may differ."""
-        self._block_hashes.clear()

@@ -24,11 +24,12 @@ from scheduler_service.access.security import Security
 from scheduler_service.admin import AdminServicer
 from scheduler_service.drain import drain
 from scheduler_service.engine import Engine, EngineLimits
+from scheduler_service.executors.pool import ExecutorPool
 from scheduler_service.intake import Intake
-from scheduler_service.link.executor_link import ExecutorLink, LinkSettings
+from scheduler_service.link.executor_link import LinkSettings
+from scheduler_service.link.executor_links import ExecutorLinks
 from scheduler_service.link.executor_liveness import LivenessLimits
 from scheduler_service.model_spec import ModelSpec, ModelSpecError
-from scheduler_service.scheduler import Scheduler
 from scheduler_service.servicer import InferenceServicer
 from scheduler_service.serving_state import ServingState
 from scheduler_service.settings import SchedulerSettings
@@ -54,18 +55,19 @@ async def serve(settings: SchedulerSettings) -> None:
     """Serves until SIGTERM or SIGINT, then drains. Raises StartupError."""
     security = Security.of(settings)
     directory, model, tokenizer = _load_model(settings.model)
-    scheduler = Scheduler(settings.policy())
-    metrics = SchedulerMetrics(scheduler, model.name)
+    pool = ExecutorPool(settings.policy(), settings.routing(), settings.executor_wait_timeout_s)
+    for executor in settings.executor_addresses:
+        pool.add_executor(executor)
+    metrics = SchedulerMetrics(pool.load, model.name)
     if settings.metrics_compat == "vllm":
         export_vllm_names(metrics, model.max_model_len)
     engine = Engine(
-        scheduler,
+        pool,
         model,
         tokenizer,
         RequestMetrics(metrics),
         EngineLimits(
             admission=settings.admission(),
-            executor_wait_timeout_s=settings.executor_wait_timeout_s,
             max_executor_losses=settings.max_executor_losses,
         ),
     )
@@ -74,10 +76,10 @@ async def serve(settings: SchedulerSettings) -> None:
     serving = ServingState(engine, health_servicer, ("", _SERVICE))
     await serving.set_connected(False)
     await health_servicer.set(LIVENESS_SERVICE, health_pb2.HealthCheckResponse.SERVING)
-    link = ExecutorLink(
-        engine,
+    links = ExecutorLinks(
+        pool,
         LinkSettings(
-            settings.executor,
+            model,
             LivenessLimits(
                 silence_timeout_s=settings.executor_silence_timeout_s,
                 stall_timeout_s=settings.executor_stall_timeout_s,
@@ -99,7 +101,6 @@ async def serve(settings: SchedulerSettings) -> None:
         InferenceServicer(
             engine,
             encoder,
-            link,
             metrics,
             has_chat_template=tokenizer.has_chat_template,
             tenancy=security.tenancy,
@@ -117,9 +118,8 @@ async def serve(settings: SchedulerSettings) -> None:
         gateway = VllmEngineServicer(
             engine,
             Intake(engine, encoder, metrics, security.tenancy),
-            link,
             serving,
-            LoadReader(scheduler, metrics),
+            LoadReader(pool.load, metrics),
             directory,
             tenancy=security.tenancy,
             write_timeout_s=settings.write_timeout_s,
@@ -128,7 +128,7 @@ async def serve(settings: SchedulerSettings) -> None:
         service_names.append(gateway.add_to(server))
     reflection.enable_server_reflection(service_names, server)
     address = bind(server, settings.listen, security.tls)
-    admin_server = _admin_server(settings, security, AdminServicer(engine, serving))
+    admin_server = _admin_server(settings, security, AdminServicer(engine, serving, settings))
     serve_metrics(metrics.registry, settings.metrics_host, settings.metrics_port)
 
     stop = asyncio.Event()
@@ -137,15 +137,15 @@ async def serve(settings: SchedulerSettings) -> None:
     await server.start()
     if admin_server is not None:
         await admin_server.start()
-    engine.start()
+    pool.start()
     tokenizer.warm_up()
-    link_task = asyncio.create_task(link.run(), name="executor link")
+    links_task = asyncio.create_task(links.run(), name="executor links")
     lag_task = asyncio.create_task(watch_loop_lag(metrics.event_loop_lag.observe), name="loop lag")
     signals.service_is_up()
     announce_ready(address)
     stopped = asyncio.create_task(stop.wait())
     # A link that ends by itself has a bug; do not go on as a server that can only refuse.
-    await asyncio.wait([stopped, link_task], return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait([stopped, links_task], return_when=asyncio.FIRST_COMPLETED)
     logger.info("draining", extra=fields(limit_s=settings.drain_timeout_s))
     if admin_server is not None:
         # Nobody can have requests taken again from here on.
@@ -156,11 +156,11 @@ async def serve(settings: SchedulerSettings) -> None:
     tokenizer.close()
     await observer.close()
     stopped.cancel()
-    if link_task.done():
-        link_task.result()
-    link_task.cancel()
+    if links_task.done():
+        links_task.result()
+    links_task.cancel()
     lag_task.cancel()
-    await asyncio.gather(link_task, lag_task, return_exceptions=True)
+    await asyncio.gather(links_task, lag_task, return_exceptions=True)
 
 
 def _admin_server(

@@ -13,7 +13,6 @@ from scheduler_service.completion import Delta
 from scheduler_service.engine import Engine
 from scheduler_service.errors import InvalidFieldError, RequestError
 from scheduler_service.intake import Intake
-from scheduler_service.link.executor_link import ExecutorLink
 from scheduler_service.live_request import LiveRequest
 from scheduler_service.sequence import FinishReason
 from scheduler_service.telemetry.metrics import SchedulerMetrics
@@ -45,7 +44,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self,
         engine: Engine,
         encoder: PromptEncoder,
-        link: ExecutorLink,
         metrics: SchedulerMetrics,
         *,
         has_chat_template: bool,
@@ -55,7 +53,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> None:
         self._engine = engine
         self._encoder = encoder
-        self._link = link
         self._has_chat_template = has_chat_template
         self._observer = observer or RequestObserver()
         self._tenancy = tenancy or Tenancy()
@@ -186,33 +183,24 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def GetServerStatus(  # noqa: N802
         self, request: inference_pb2.GetServerStatusRequest, context: Context
     ) -> inference_pb2.GetServerStatusResponse:
-        """Describes load and executor."""
-        scheduler = self._engine.scheduler
+        """Describes load and executors."""
+        pool = self._engine.pool
+        executors = [each for each in pool.executors() if each.is_connected]
         response = inference_pb2.GetServerStatusResponse(
             version=__version__,
             uptime_s=time.monotonic() - self._started_s,
-            num_running=scheduler.num_running,
-            num_waiting=scheduler.num_waiting,
+            num_running=pool.load.num_running,
+            num_waiting=pool.load.num_waiting,
             executor_state=inference_pb2.EXECUTOR_STATE_DISCONNECTED,
+            executors=[each.summary() for each in executors],
         )
-        info, blocks = self._link.info, scheduler.blocks
-        if info is not None and blocks is not None:
+        if executors:
             response.executor_state = inference_pb2.EXECUTOR_STATE_CONNECTED
-            response.num_kv_blocks = blocks.num_blocks
-            response.num_free_kv_blocks = blocks.num_free
-            response.num_cached_kv_blocks = blocks.num_cached
-            response.kv_block_size = blocks.block_size
-            response.executor.CopyFrom(
-                inference_pb2.ExecutorSummary(
-                    address=self._link.address,
-                    epoch=info.epoch,
-                    device=info.device,
-                    dtype=info.dtype,
-                    attention_backend=info.attention_backend,
-                    max_num_seqs=info.max_num_seqs,
-                    max_num_batched_tokens=info.max_num_batched_tokens,
-                )
-            )
+            response.executor.CopyFrom(response.executors[0])
+            response.num_kv_blocks = sum(each.num_kv_blocks for each in executors)
+            response.num_free_kv_blocks = sum(each.num_free_kv_blocks for each in executors)
+            response.num_cached_kv_blocks = sum(each.num_cached_kv_blocks for each in executors)
+            response.kv_block_size = executors[0].info.block_size
         return response
 
 

@@ -29,7 +29,7 @@ class ServingState:
         return self._is_connected and not self.is_draining
 
     async def set_connected(self, connected: bool) -> None:
-        """An executor came or went."""
+        """An executor came or went; whether any is there now."""
         self._is_connected = connected
         await self._tell()
 

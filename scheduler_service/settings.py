@@ -1,24 +1,42 @@
 """Settings of the scheduler process: command line, then NANOVLLM_SCHEDULER_*, then defaults."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat
+from pydantic import AfterValidator, Field, NonNegativeFloat
 from pydantic_settings import SettingsConfigDict
 
+from nanovllm.channel import check_address
 from nanovllm.service_settings import MAX_CALLS_PER_CONNECTION, Address, ServiceSettings
 from scheduler_service.admission import AdmissionLimits
+from scheduler_service.router import RoutingPolicy
 from scheduler_service.scheduler import SchedulerPolicy
 
 
+def check_executor_address(address: str) -> str:
+    """Returns the address of one executor. Raises ValueError."""
+    if "," in address:
+        raise ValueError("give one address; a comma separates those of several executors")
+    return check_address(address.strip())
+
+
+def _check_addresses(addresses: str) -> str:
+    each = [check_executor_address(address) for address in addresses.split(",")]
+    if len(set(each)) < len(each):
+        raise ValueError("an executor is named twice; name each once")
+    return ",".join(each)
+
+
 class SchedulerSettings(ServiceSettings):
-    """A gRPC scheduler that serves the public API and steers one executor."""
+    """A gRPC scheduler that serves the public API and steers one executor or several."""
 
     model_config = SettingsConfigDict(
         env_prefix="NANOVLLM_SCHEDULER_", cli_prog_name="scheduler_service"
     )
 
-    executor: Address = Field("127.0.0.1:50052", description="Address of the executor.")
+    executor: Annotated[str, AfterValidator(_check_addresses)] = Field(
+        "127.0.0.1:50052", description="Address of the executor, or of several: A,B,C."
+    )
     listen: Address = Field("127.0.0.1:50051", description="Address to serve on; port 0 picks one.")
     metrics_port: int = Field(
         9401, ge=-1, le=65535, description="Port of /metrics; 0 picks one, -1 turns it off."
@@ -87,6 +105,13 @@ class SchedulerSettings(ServiceSettings):
     )
     enable_prefix_caching: bool = Field(True, description="Whether prompts share computed KV.")
 
+    max_executor_imbalance: int = Field(
+        32,
+        ge=0,
+        description="Sequences that an executor may have beyond the least busy one because it has "
+        "their prefix.",
+    )
+
     executor_tls_ca: Path | None = Field(
         None, description="PEM file of the executor's authorities; turns TLS to it on."
     )
@@ -142,6 +167,11 @@ class SchedulerSettings(ServiceSettings):
         False, description="Log the beginnings of prompts and outputs with each request."
     )
 
+    @property
+    def executor_addresses(self) -> list[str]:
+        """Each executor's address."""
+        return self.executor.split(",")
+
     def connection_options(self) -> dict[str, int | str]:
         """gRPC's options for the connections of clients."""
         timeout_ms = round(self.keepalive_timeout_s * 1000)
@@ -167,8 +197,12 @@ class SchedulerSettings(ServiceSettings):
             max_response_bytes=self.max_response_bytes,
         )
 
+    def routing(self) -> RoutingPolicy:
+        """How sequences are spread over several executors."""
+        return RoutingPolicy(max_imbalance=self.max_executor_imbalance)
+
     def policy(self) -> SchedulerPolicy:
-        """The part that the pure scheduler needs."""
+        """The part that the pure schedulers need."""
         return SchedulerPolicy(
             lookahead_tokens=self.lookahead_tokens,
             watermark_ratio=self.watermark_ratio,

@@ -12,6 +12,8 @@ _PLAN_DELAY = "nanovllm_plan_queue_delay_seconds"
 _ROUND_TRIP = "nanovllm_executor_round_trip_seconds"
 _RESULTS_DELAY = "nanovllm_results_queue_delay_seconds"
 _LOOP_LAG = "nanovllm_event_loop_lag_seconds"
+# Schedulers may reach their executors under the same addresses.
+_EXECUTOR, _EXECUTOR_LEGEND = "instance, executor", "{{executor}} ({{instance}})"
 _QUARTER = 6
 
 
@@ -25,6 +27,7 @@ def engine() -> Dashboard:
             Row("Does anyone wait, why, and what does the GPU do?", _answer()),
             Row("Device", _device()),
             Row("Between scheduler and executor", _stream()),
+            Row("Executors", _executors()),
             Row("Slots and KV blocks", _memory()),
             Row("Processes", _processes()),
         ],
@@ -41,8 +44,8 @@ def _answer() -> list[Panel]:
         stats.waiting(),
         value(
             "Executors",
-            "Schedulers with an open session to their executor. Bad below the number of "
-            "schedulers: their requests wait.",
+            "Executors with an open session. Bad below the number that there should be: the "
+            "others do their work, or requests wait if there are none.",
             promql.total("nanovllm_executor_connected"),
             COUNT,
             Limits(None, 1, is_floor=True),
@@ -201,11 +204,69 @@ def _stream() -> list[Panel]:
             PER_S,
             width=_QUARTER,
         ),
+    ]
+
+
+def _executors() -> list[Panel]:
+    return [
+        graph(
+            "Sequences running, by executor",
+            "Sequences with KV blocks at each executor. Bad when one has many and another none for "
+            "long while sequences wait.",
+            [_line_by_executor("nanovllm_num_requests_running")],
+            COUNT,
+            stepped=True,
+        ),
+        graph(
+            "Sequences waiting, by executor",
+            "Sequences in each executor's queue; none: they wait while no executor takes any, "
+            "which is always bad. Bad as well when one queue stays longer than the others.",
+            [_line_by_executor("nanovllm_num_requests_waiting")],
+            COUNT,
+            stepped=True,
+        ),
+        graph(
+            "KV cache used, by executor",
+            "Share of an executor's KV blocks that sequences own. Bad above the dashed line: what "
+            "is sent there waits for memory.",
+            [_line_by_executor("nanovllm_kv_cache_usage_ratio")],
+            SHARE,
+            limit=0.95,
+            maximum=1,
+        ),
+        graph(
+            "Sequences sent, by executor",
+            "Sequences per second that were sent to an executor, new ones and moved ones. Follows "
+            "the prefixes that it has cached; bad at zero under load, unless it is drained.",
+            [
+                Line(
+                    _EXECUTOR_LEGEND,
+                    promql.per_second("nanovllm_requests_routed_total", by=_EXECUTOR),
+                )
+            ],
+            PER_S,
+        ),
+        graph(
+            "Sequences moved, by reason",
+            "In the last ten minutes, from one executor to another. lost: it went away, and what "
+            "it had computed is computed again, which is bad; drained and removed: somebody wanted "
+            "it; rebalanced: they waited where more was to be done.",
+            [Line("{{reason}}", _increase("nanovllm_requests_moved_total", by="reason"))],
+            COUNT,
+            stepped=True,
+        ),
+        graph(
+            "Stream round trip p95, by executor",
+            "95 of 100 plans are acknowledged sooner. Bad when one executor is far above the "
+            "others: its network, or a slower device.",
+            [Line(_EXECUTOR_LEGEND, promql.quantile(0.95, _ROUND_TRIP, by=_EXECUTOR))],
+            SECONDS,
+        ),
         graph(
             "Executor connected",
-            "1 while a scheduler has an open session. Bad at 0: requests wait, and are refused "
-            "after --executor-wait-timeout-s.",
-            [Line("{{instance}}", promql.total("nanovllm_executor_connected", by="instance"))],
+            "1 while a session with the executor is open. Bad at 0: the others do its work, and "
+            "without any requests wait and are refused after --executor-wait-timeout-s.",
+            [_line_by_executor("nanovllm_executor_connected")],
             COUNT,
             stepped=True,
             maximum=1,
@@ -214,12 +275,7 @@ def _stream() -> list[Panel]:
             "Executor restarts",
             "New sessions after the first one, in the last ten minutes. Each one is bad: running "
             "requests pause and their tokens are computed again.",
-            [
-                Line(
-                    "restarts",
-                    f"sum (increase({promql.select('nanovllm_executor_restarts_total')}[10m]))",
-                )
-            ],
+            [Line(_EXECUTOR_LEGEND, _increase("nanovllm_executor_restarts_total", by=_EXECUTOR))],
             COUNT,
             stepped=True,
         ),
@@ -228,17 +284,20 @@ def _stream() -> list[Panel]:
             "In the last ten minutes. lost: process or network; stalled: no progress; fenced: "
             "another scheduler took the executor; refused: the executor serves another model or "
             "denied the session. protocol and bug are always bad: report them.",
-            [
-                Line(
-                    "{{reason}}",
-                    "sum by (reason) (increase("
-                    f"{promql.select('nanovllm_executor_sessions_ended_total')}[10m]))",
-                )
-            ],
+            [Line("{{reason}}", _increase("nanovllm_executor_sessions_ended_total", by="reason"))],
             COUNT,
             stepped=True,
         ),
     ]
+
+
+def _line_by_executor(gauge: str) -> Line:
+    return Line(_EXECUTOR_LEGEND, promql.total(gauge, by=_EXECUTOR))
+
+
+def _increase(counter: str, by: str) -> str:
+    """Growth in ten minutes of what happens seldom."""
+    return f"sum by ({by}) (increase({promql.select(counter)}[10m]))"
 
 
 def _memory() -> list[Panel]:

@@ -62,8 +62,8 @@ def _answer() -> list[Panel]:
         ),
         value(
             "KV cache used",
-            "Share of the KV blocks that sequences own. Bad near 1: new sequences wait for memory "
-            "and running ones are preempted.",
+            "Share of the KV blocks that sequences own, of the executor where it is the largest. "
+            "Bad near 1: new sequences wait for memory and running ones are preempted.",
             f"max ({promql.select('nanovllm_kv_cache_usage_ratio')})",
             SHARE,
             Limits(0.9, 0.98),
@@ -219,8 +219,9 @@ def _resources() -> list[Panel]:
         ),
         graph(
             "KV cache used",
-            "Share of the KV blocks that sequences own; blocks that only hold cached prefixes do "
-            "not count. Bad above the dashed line: give the executor more KV memory.",
+            "Share of the KV blocks that sequences own, of the executor where it is the largest; "
+            "blocks that only hold cached prefixes do not count. Bad above the dashed line: give "
+            "the executor more KV memory.",
             [Line("used", f"max ({promql.select('nanovllm_kv_cache_usage_ratio')})")],
             SHARE,
             limit=0.95,

@@ -2,11 +2,11 @@
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from nanovllm.admin import AdminClient, LiveRequest, LogLevel, SchedulerState
+from nanovllm.admin import AdminClient, ExecutorStatus, LiveRequest, LogLevel, SchedulerState
 from nanovllm.cli.connection import add_connection, client_arguments
 from nanovllm.cli.options import CommandError
 
@@ -38,6 +38,21 @@ def add_command(commands: "Commands") -> None:
     _add(actions, "flush-prefix-cache", "forget cached prefixes that no request uses", _flush)
     log_level = _add(actions, "log-level", "change the scheduler's log level", _log_level)
     log_level.add_argument("level", type=LogLevel, choices=list(LogLevel), metavar="LEVEL")
+    executors = _add(actions, "executors", "list the executors and what they have to do", _list)
+    executors.add_argument("--json", action="store_true", help="print one JSON array")
+    for name, meaning, action in (
+        ("add-executor", "have an executor join, until the scheduler ends", _add_executor),
+        ("remove-executor", "have an executor leave; what runs goes on elsewhere", _remove),
+        (
+            "drain-executor",
+            "send an executor nothing new; what runs there goes on",
+            _drain_executor,
+        ),
+        ("undrain-executor", "send an executor requests again", _undrain_executor),
+    ):
+        _add(actions, name, meaning, action).add_argument(
+            "executor", metavar="ADDRESS", help="of the executor: HOST:PORT or unix:/path"
+        )
 
 
 def _add(actions: "Commands", name: str, meaning: str, action: Action) -> argparse.ArgumentParser:
@@ -91,6 +106,53 @@ def _log_level(client: AdminClient, options: argparse.Namespace) -> None:
     print(f"{options.level}, was {client.set_log_level(options.level)}")
 
 
+def _list(client: AdminClient, options: argparse.Namespace) -> None:
+    executors = client.executors()
+    print(json.dumps([*map(asdict, executors)]) if options.json else format_executors(executors))
+
+
+def _add_executor(client: AdminClient, options: argparse.Namespace) -> None:
+    client.add_executor(options.executor)
+    print("added; 'nanovllm admin executors' shows when it is connected")
+
+
+def _remove(client: AdminClient, options: argparse.Namespace) -> None:
+    print(f"removed, {client.remove_executor(options.executor)} sequences interrupted")
+
+
+def _drain_executor(client: AdminClient, options: argparse.Namespace) -> None:
+    print(f"draining, {client.drain_executor(options.executor)} sequences running")
+
+
+def _undrain_executor(client: AdminClient, options: argparse.Namespace) -> None:
+    client.undrain_executor(options.executor)
+    print("getting requests")
+
+
+def format_executors(executors: Sequence[ExecutorStatus]) -> str:
+    """Returns the executors as text, one line each."""
+    return "\n".join(map(_executor_line, executors))
+
+
+def _executor_line(executor: ExecutorStatus) -> str:
+    summary = executor.summary
+    state = "connected" if executor.connected else "absent"
+    cells = [
+        _visible(summary.address),
+        f"{state}, draining" if executor.draining else state,
+        f"{summary.num_running} running, {summary.num_waiting} waiting",
+    ]
+    if executor.connected:
+        cells += [
+            f"{executor.kv_usage_ratio:.0%} of {executor.num_kv_blocks} KV blocks",
+            _visible(summary.device),
+            f"epoch {summary.epoch}",
+        ]
+    else:
+        cells.append(_visible(executor.problem))
+    return "  ".join(cells)
+
+
 def format_state(state: SchedulerState) -> str:
     """Returns the state as text, one line a request."""
     mode = "draining" if state.draining else "taking requests"
@@ -109,5 +171,5 @@ def _line(request: LiveRequest) -> str:
 
 
 def _visible(text: str) -> str:
-    """An id, or a name in a certificate, without control characters that a terminal would obey."""
+    """What others have named, without control characters that a terminal would obey."""
     return text if text.isprintable() else repr(text)

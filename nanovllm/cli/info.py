@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from nanovllm.cli.connection import add_connection, connect
-from nanovllm.server_info import Health, ModelInfo, ServerStatus
+from nanovllm.server_info import ExecutorSummary, Health, ModelInfo, ServerStatus
 
 if TYPE_CHECKING:
     from nanovllm.cli.options import Commands
@@ -59,15 +59,14 @@ def format_info(model: ModelInfo, status: ServerStatus, health: Health) -> str:
             f"{status.num_kv_blocks} of {status.kv_block_size} tokens, "
             f"{status.num_free_kv_blocks} free, {status.num_cached_kv_blocks} cached",
         ),
-        ("executor", _executor(status)),
+        *(("executor", _executor(executor)) for executor in status.executors),
     ]
+    if not status.executors:
+        rows.append(("executor", "not connected"))
     return "\n".join(f"{name:<15}{value}" for name, value in rows)
 
 
-def _executor(status: ServerStatus) -> str:
-    if status.executor is None or not status.executor_connected:
-        return "not connected"
-    executor = status.executor
+def _executor(executor: ExecutorSummary) -> str:
     return (
         f"{executor.address} on {executor.device}, {executor.dtype}, "
         f"attention by {executor.attention_backend}, up to {executor.max_num_seqs} sequences and "

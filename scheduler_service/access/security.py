@@ -43,12 +43,8 @@ class Security:
             remedy="give --tls-cert and --tls-key",
         )
         executor_tls = _executor_tls(settings)
-        check_exposure(
-            settings.executor,
-            settings,
-            is_protected=executor_tls is not None,
-            remedy="give --executor-tls-ca",
-        )
+        for address in settings.executor_addresses:
+            check_executor_exposure(address, settings)
         tokens = _tokens("--auth-tokens-file", settings.auth_tokens_file)
         admin_tokens = _tokens("--admin-tokens-file", settings.admin_tokens_file)
         if settings.admin_listen is not None:
@@ -65,6 +61,16 @@ class Security:
             _interceptors(tokens),
             _interceptors(admin_tokens),
         )
+
+
+def check_executor_exposure(address: str, settings: SchedulerSettings) -> None:
+    """Raises StartupError if traffic with an executor could be read by others."""
+    check_exposure(
+        address,
+        settings,
+        is_protected=settings.executor_tls_ca is not None,
+        remedy="give --executor-tls-ca",
+    )
 
 
 def _executor_tls(settings: SchedulerSettings) -> ClientTls | None:

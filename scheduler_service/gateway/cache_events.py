@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from scheduler_service.block_manager import BlockHash, StoredBlock
+from scheduler_service.executors.prefix_union import PrefixUnion
 from scheduler_service.gateway.cache_feed import CacheFeed
-from scheduler_service.scheduler import Scheduler
 
 # How long events go on being kept for subscribers that lost their connection.
 _KEPT_FOR_S = 60.0
@@ -24,10 +24,10 @@ class _Subscribed:
 
 
 class CacheEvents:
-    """Listens to the prefix cache as long as anybody is interested, and not at all otherwise."""
+    """Listens to the prefix caches as long as anybody is interested, and not at all otherwise."""
 
-    def __init__(self, scheduler: Scheduler, kept_for_s: float = _KEPT_FOR_S) -> None:
-        self._scheduler = scheduler
+    def __init__(self, prefixes: PrefixUnion, kept_for_s: float = _KEPT_FOR_S) -> None:
+        self._prefixes = prefixes
         self._kept_for_s = kept_for_s
         self._by_salt: dict[str, _Subscribed] = {}
 
@@ -38,7 +38,8 @@ class CacheEvents:
         entry = self._by_salt.get(salt)
         if entry is None:
             entry = self._by_salt[salt] = _Subscribed(CacheFeed(loop.call_soon))
-            self._scheduler.listen_to_prefixes(self)
+            if len(self._by_salt) == 1:
+                self._prefixes.listen(self)
         if entry.expiry is not None:
             entry.expiry.cancel()
             entry.expiry = None
@@ -69,4 +70,4 @@ class CacheEvents:
     def _forget(self, salt: str) -> None:
         del self._by_salt[salt]
         if not self._by_salt:
-            self._scheduler.listen_to_prefixes(None)
+            self._prefixes.listen(None)

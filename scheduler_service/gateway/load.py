@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from smg_grpc_proto.generated import vllm_engine_pb2
 
 from nanovllm import __version__
-from scheduler_service.scheduler import Scheduler
+from scheduler_service.executors.load import FleetLoad
 from scheduler_service.telemetry.metrics import SchedulerMetrics
 
 # Polls that come closer together than this share a measurement.
@@ -14,10 +14,10 @@ _MIN_WINDOW_S = 0.5
 
 
 class LoadReader:
-    """Reads the scheduler; the throughput is that between one poll and the next."""
+    """Reads all executors as one; the throughput is that between one poll and the next."""
 
-    def __init__(self, scheduler: Scheduler, metrics: SchedulerMetrics) -> None:
-        self._scheduler = scheduler
+    def __init__(self, load: FleetLoad, metrics: SchedulerMetrics) -> None:
+        self._fleet = load
         self._generated_tokens = metrics.counts["generation_tokens"]
         self._tokens_per_s = 0.0
         self._measured_s = time.monotonic()
@@ -34,23 +34,22 @@ class LoadReader:
         )
 
     def _load(self) -> vllm_engine_pb2.SchedulerLoad:
-        scheduler = self._scheduler
-        capacity, blocks, stats = scheduler.capacity, scheduler.blocks, scheduler.stats
+        fleet, stats = self._fleet, self._fleet.stats
         load = vllm_engine_pb2.SchedulerLoad(
-            num_running_reqs=scheduler.num_running,
-            num_waiting_reqs=scheduler.num_waiting,
-            num_total_reqs=scheduler.num_running + scheduler.num_waiting,
+            num_running_reqs=fleet.num_running,
+            num_waiting_reqs=fleet.num_waiting,
+            num_total_reqs=fleet.num_running + fleet.num_waiting,
             gen_throughput=self._tokens_per_s,
             cache_hit_rate=stats.prefix_hit_tokens / max(1, stats.prefix_queried_tokens),
             # What of it is cached shows when it is admitted.
-            num_waiting_uncached_tokens=scheduler.num_waiting_prompt_tokens,
+            num_waiting_uncached_tokens=fleet.num_waiting_prompt_tokens,
         )
-        if capacity is not None and blocks is not None:
-            load.num_used_tokens = blocks.num_owned * blocks.block_size
-            load.max_total_num_tokens = capacity.max_kv_tokens
-            load.token_usage = scheduler.kv_usage_ratio
-            load.utilization = scheduler.num_running / capacity.max_num_seqs
-            load.max_running_requests = capacity.max_num_seqs
+        if fleet.is_connected:
+            load.num_used_tokens = sum(each.num_owned * each.block_size for each in fleet.blocks)
+            load.max_total_num_tokens = sum(each.max_kv_tokens for each in fleet.capacities)
+            load.token_usage = fleet.kv_usage_ratio
+            load.utilization = fleet.num_running / fleet.max_num_seqs
+            load.max_running_requests = fleet.max_num_seqs
         return load
 
     def _measure(self, now_s: float) -> None:

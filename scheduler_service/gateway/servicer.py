@@ -23,7 +23,6 @@ from scheduler_service.gateway.responses import StreamedResponses, WholeResponse
 from scheduler_service.gateway.tokenizer_archive import TokenizerArchive
 from scheduler_service.gateway.translation import translate
 from scheduler_service.intake import Intake
-from scheduler_service.link.executor_link import ExecutorLink
 from scheduler_service.serving_state import ServingState
 from scheduler_service.telemetry.request_observer import RequestObserver
 
@@ -41,7 +40,6 @@ class VllmEngineServicer(vllm_engine_pb2_grpc.VllmEngineServicer):
         self,
         engine: Engine,
         intake: Intake,
-        link: ExecutorLink,
         serving: ServingState,
         load: LoadReader,
         directory: Path,
@@ -53,7 +51,6 @@ class VllmEngineServicer(vllm_engine_pb2_grpc.VllmEngineServicer):
         """`directory` is the model's."""
         self._engine = engine
         self._intake = intake
-        self._link = link
         self._serving = serving
         self._load = load
         self._directory = directory
@@ -61,7 +58,7 @@ class VllmEngineServicer(vllm_engine_pb2_grpc.VllmEngineServicer):
         self._write_timeout_s = write_timeout_s
         self._observer = observer or RequestObserver()
         self._archive = TokenizerArchive(directory)
-        self._cache_events = CacheEvents(engine.scheduler)
+        self._cache_events = CacheEvents(engine.pool.fleet.prefixes)
         self._started_s = time.monotonic()
 
     def add_to(self, server: grpc.aio.Server) -> str:
@@ -143,7 +140,7 @@ class VllmEngineServicer(vllm_engine_pb2_grpc.VllmEngineServicer):
     async def GetServerInfo(  # noqa: N802
         self, request: vllm_engine_pb2.GetServerInfoRequest, context: Context
     ) -> vllm_engine_pb2.GetServerInfoResponse:
-        """Describes the process and its executor."""
+        """Describes the process and its executors."""
         response = vllm_engine_pb2.GetServerInfoResponse(
             active_requests=len(self._engine.live_requests()),
             is_paused=self._serving.is_draining,
@@ -151,12 +148,13 @@ class VllmEngineServicer(vllm_engine_pb2_grpc.VllmEngineServicer):
             server_type="vllm-grpc",
             data_parallel_size=1,
         )
-        info = self._link.info
-        if info is not None:
-            response.block_size = info.block_size
-            response.attention_backend = info.attention_backend
-            response.model_dtype = info.dtype
-            response.max_num_seqs = info.max_num_seqs
+        infos = [each.info for each in self._engine.pool.executors() if each.is_connected]
+        if infos:
+            # A gateway that balances takes the executors for one.
+            response.block_size = infos[0].block_size
+            response.attention_backend = infos[0].attention_backend
+            response.model_dtype = infos[0].dtype
+            response.max_num_seqs = sum(info.max_num_seqs for info in infos)
         return response
 
     async def GetLoads(  # noqa: N802

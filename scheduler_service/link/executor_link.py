@@ -18,14 +18,15 @@ from nanovllm.logs import fields
 from nanovllm.tls import ClientTls
 from nanovllm.v1 import executor_pb2, executor_pb2_grpc
 from nanovllm.wire import WireError
-from scheduler_service.engine import Engine
+from scheduler_service.executors.connection import Connection
 from scheduler_service.link.executor_liveness import ExecutorLiveness, LivenessLimits
 from scheduler_service.link.result_order import ResultOrder, ResultOrderError
 from scheduler_service.link.round_trips import RoundTrips
 from scheduler_service.link.session_end import SessionEnd
+from scheduler_service.model_spec import ModelSpec
 from scheduler_service.plan import Plan, decode_step_result, encode_plan
 from scheduler_service.scheduler import ExecutorCapacity, ExecutorProtocolError
-from scheduler_service.telemetry.metrics import SchedulerMetrics
+from scheduler_service.telemetry.metrics.link_counts import LinkCounts
 
 logger = logging.getLogger(__name__)
 
@@ -61,29 +62,28 @@ class SessionEndedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class LinkSettings:
-    """Where the executor is and how long it may be silent."""
+    """What every executor has to serve, how long it may be silent, and how it is reached."""
 
-    address: str
+    model: ModelSpec
     liveness: LivenessLimits
     # None: plaintext.
     tls: ClientTls | None = None
 
 
 class ExecutorLink:
-    """Keeps one session with the executor open for as long as the process lives."""
+    """Keeps one session with one executor open for as long as it runs."""
 
     def __init__(
         self,
-        engine: Engine,
+        connection: Connection,
         settings: LinkSettings,
-        metrics: SchedulerMetrics,
+        counts: LinkCounts,
         on_change: StateListener,
     ) -> None:
-        self._engine = engine
+        self._connection = connection
         self._settings = settings
-        self._metrics = metrics
+        self._counts = counts
         self._on_change = on_change
-        self.info: executor_pb2.GetExecutorInfoResponse | None = None
         self._outbox: deque[Plan] = deque()
         self._outbox_filled = asyncio.Event()
         # Messages with results in this session.
@@ -91,52 +91,51 @@ class ExecutorLink:
         self._num_messages_acknowledged = 0
         # Taking the executor back from the scheduler that took it would never end.
         self._is_fenced = False
+        # Of the problem that was logged last: the same one at every attempt is logged once.
+        self._last_kind: object = None
 
     @property
     def address(self) -> str:
         """Address of the executor."""
-        return self._settings.address
+        return self._connection.address
 
     async def run(self) -> None:
         """Opens session after session until cancelled."""
         backoff_s = _MIN_BACKOFF_S
-        last_kind: object = None
-        public_problem = ""
         while True:
             had_session = False
             try:
                 await self._run_session()
-            except (SessionEndedError, grpc.aio.AioRpcError) as error:
-                if isinstance(error, SessionEndedError):
-                    self._is_fenced = self._is_fenced or error.reason is SessionEnd.FENCED
-                    self._metrics.count_session_end(error.reason)
-                problem = self._describe(error)
-                had_session = self.info is not None
-                # gRPC words one and the same absence in several ways.
-                kind = error.code() if isinstance(error, grpc.aio.AioRpcError) else problem
-                if had_session or kind != last_kind:
-                    logger.warning(
-                        "executor unavailable",
-                        extra=fields(executor=self.address, problem=problem),
-                    )
-                last_kind = kind
-                public_problem = _public(error)
             except Exception as error:
-                # A bug that one session or one request brings out must not end the service.
-                self._metrics.count_session_end(SessionEnd.BUG)
-                had_session = self.info is not None
-                public_problem = "the scheduler failed in a session"
-                last_kind = problem = f"{public_problem}: {error!r}"
-                logger.exception(
-                    "session failed", extra=fields(executor=self.address, problem=problem)
-                )
+                had_session = self._connection.has_session
+                self._connection.on_disconnected(self._report(error))
             finally:
-                self.info = None
                 await self._on_change(False)
-            self._engine.on_disconnected(public_problem)
             backoff_s = _MIN_BACKOFF_S if had_session else min(2 * backoff_s, _MAX_BACKOFF_S)
             # Jitter keeps several schedulers from knocking at the same moment.
             await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
+
+    def _report(self, error: Exception) -> str:
+        """Logs and counts why there is no session; returns what clients may be told."""
+        if not isinstance(error, SessionEndedError | grpc.aio.AioRpcError):
+            # A bug that one session or one request brings out must not end the service.
+            self._counts.sessions_ended[SessionEnd.BUG] += 1
+            public_problem = "the scheduler failed in a session"
+            self._last_kind = problem = f"{public_problem}: {error!r}"
+            logger.exception("session failed", extra=fields(executor=self.address, problem=problem))
+            return public_problem
+        if isinstance(error, SessionEndedError):
+            self._is_fenced = self._is_fenced or error.reason is SessionEnd.FENCED
+            self._counts.sessions_ended[error.reason] += 1
+        problem = self._describe(error)
+        # gRPC words one and the same absence in several ways.
+        kind = error.code() if isinstance(error, grpc.aio.AioRpcError) else problem
+        if self._connection.has_session or kind != self._last_kind:
+            logger.warning(
+                "executor unavailable", extra=fields(executor=self.address, problem=problem)
+            )
+        self._last_kind = kind
+        return _public(error)
 
     async def _run_session(self) -> None:
         async with self._channel() as channel:
@@ -168,7 +167,7 @@ class ExecutorLink:
         return grpc.aio.secure_channel(self.address, tls.credentials(), options=options)
 
     def _check_model(self, info: executor_pb2.GetExecutorInfoResponse) -> None:
-        model = self._engine.model
+        model = self._settings.model
         if info.model_fingerprint != model.fingerprint:
             raise SessionEndedError(
                 f"it serves another model (fingerprint {info.model_fingerprint[:12]}, this "
@@ -198,12 +197,11 @@ class ExecutorLink:
     async def _converse(
         self, call: ExecuteCall, info: executor_pb2.GetExecutorInfoResponse
     ) -> None:
-        self.info = info
         self._outbox.clear()
         self._num_messages_taken = self._num_messages_acknowledged = 0
         liveness = ExecutorLiveness(self._settings.liveness, time.monotonic())
-        trips = RoundTrips(self._metrics.executor_round_trip.observe)
-        self._engine.on_connected(_capacity(info), self._send)
+        trips = RoundTrips(self._counts.round_trip.observe)
+        self._connection.on_connected(info, _capacity(info), self._send)
         await self._on_change(True)
         logger.info(
             "executor connected",
@@ -244,7 +242,7 @@ class ExecutorLink:
                 self._num_messages_acknowledged = self._num_messages_taken
                 if self._outbox:
                     request.plan.CopyFrom(encode_plan(self._outbox.popleft()))
-                    self._metrics.plans.inc()
+                    self._counts.num_plans += 1
                     trips.sent(request.plan.step_id, time.monotonic())
                 await _write(call, request)
 
@@ -271,7 +269,7 @@ class ExecutorLink:
                 for result in results:
                     order.check(result)
                     trips.acknowledged(result.applied_step_id, now_s)
-                self._engine.on_results(results)
+                self._connection.on_results(results)
                 self._num_messages_taken += 1
                 if self._owes_acknowledgement:
                     self._outbox_filled.set()
@@ -283,11 +281,11 @@ class ExecutorLink:
     async def _watch(self, liveness: ExecutorLiveness) -> None:
         while True:
             await asyncio.sleep(self._settings.liveness.check_interval_s)
-            problem = liveness.problem(
-                has_work=self._engine.scheduler.has_work_in_flight, now_s=time.monotonic()
-            )
+            now_s = time.monotonic()
+            problem = liveness.problem(has_work=self._connection.has_work_in_flight, now_s=now_s)
             if problem is not None:
                 raise SessionEndedError(problem, SessionEnd.STALLED)
+            self._connection.on_suspicion(liveness.is_suspect(now_s))
 
     @staticmethod
     def _describe(error: Exception) -> str:

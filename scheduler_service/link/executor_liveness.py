@@ -31,6 +31,9 @@ class ExecutorLiveness:
     second as long as the slowest iteration, a compilation of kernels included.
     """
 
+    # Share of either limit after which new work had better go to another executor: by then two
+    # heartbeats in a row are late.
+    _SUSPICION = 0.4
     # Checks may be late by this many intervals before the fault is this process's own.
     _LATE_INTERVALS = 3
 
@@ -68,3 +71,11 @@ class ExecutorLiveness:
         if now_s - self._progressed_s > self._limits.stall_timeout_s:
             return f"made no progress for {now_s - self._progressed_s:.1f} s"
         return None
+
+    def is_suspect(self, now_s: float) -> bool:
+        """Whether so much of a limit has passed that the executor may be about to be lost."""
+        silent_s, without_progress_s = now_s - self._heard_s, now_s - self._progressed_s
+        return (
+            silent_s > self._SUSPICION * self._limits.silence_timeout_s
+            or without_progress_s > self._SUSPICION * self._limits.stall_timeout_s
+        )

@@ -1,4 +1,4 @@
-"""What the engine's work adds to the metrics: sessions, iterations, tokens, ends of requests."""
+"""What the engine's work adds to the metrics: iterations, tokens, ends of requests."""
 
 import time
 from collections.abc import Iterable, Sequence
@@ -11,9 +11,6 @@ from scheduler_service.telemetry.metrics import SchedulerMetrics
 
 class EngineMetrics(Protocol):
     """Who the engine tells of its work, on the event loop. Times are of `time.monotonic()`."""
-
-    def on_executor_restart(self) -> None:
-        """A session after the first one was opened."""
 
     def on_iteration(self, num_tokens: int) -> None:
         """An iteration computed tokens."""
@@ -38,10 +35,6 @@ class RequestMetrics:
 
     def __init__(self, metrics: SchedulerMetrics) -> None:
         self._metrics = metrics
-
-    def on_executor_restart(self) -> None:
-        """A session after the first one was opened."""
-        self._metrics.executor_restarts.inc()
 
     def on_iteration(self, num_tokens: int) -> None:
         """An iteration computed tokens."""

@@ -14,6 +14,8 @@ from grpc_status import rpc_status
 from nanovllm.v1 import inference_pb2 as pb
 from nanovllm.v1 import inference_pb2_grpc as pb_grpc
 
+EXECUTOR = pb.ExecutorSummary(address="unix:/e", epoch=2**63, device="cpu")
+
 
 @dataclass
 class FakeService(pb_grpc.InferenceServiceServicer):
@@ -129,7 +131,8 @@ class FakeService(pb_grpc.InferenceServiceServicer):
             num_cached_kv_blocks=3,
             kv_block_size=16,
             executor_state=pb.EXECUTOR_STATE_CONNECTED,
-            executor=pb.ExecutorSummary(address="unix:/e", epoch=2**63, device="cpu"),
+            executor=EXECUTOR,
+            executors=[EXECUTOR, pb.ExecutorSummary(address="unix:/f", device="gpu")],
         )
 
 

@@ -276,6 +276,8 @@ class TestInfo:
         assert "health         serving" in text
         assert "fake (LlamaForCausalLM)" in text
         assert "1 running, 2 waiting" in text
+        assert "executor       unix:/e on cpu" in text
+        assert "executor       unix:/f on gpu" in text
         assert "temperature=0.5, top_k=20" in text
 
     def test_json_is_one_object(self, server, capsys):

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+TLS_FILE = "deploy/docker/compose.tls.yml"
+TWO_EXECUTORS_FILE = "deploy/docker/compose.two-executors.yml"
 PASSWORD = {"GRAFANA_ADMIN_PASSWORD": "secret"}
 # What a developer's own .env and shell may set.
 INTERPOLATED = (
@@ -23,8 +25,16 @@ INTERPOLATED = (
         "PROMETHEUS_PORT",
         "GRAFANA_PORT",
     ),
-    *("PROMETHEUS_RETENTION", "GRAFANA_PUBLISH_ADDRESS", "EXECUTOR_GPU", "EXECUTOR_MEMORY"),
-    *("SCHEDULER_MEMORY", "FLASH_ATTN", "TORCH_INDEX", "SETTINGS_FILE", "TLS_DIR", "HF_TOKEN"),
+    *("PROMETHEUS_RETENTION", "GRAFANA_PUBLISH_ADDRESS", "EXECUTOR_GPU", "SECOND_EXECUTOR_GPU"),
+    *(
+        "EXECUTOR_MEMORY",
+        "SCHEDULER_MEMORY",
+        "FLASH_ATTN",
+        "TORCH_INDEX",
+        "SETTINGS_FILE",
+        "TLS_DIR",
+        "HF_TOKEN",
+    ),
     *("COMPOSE_FILE", "COMPOSE_PROFILES", "GRAFANA_ADMIN_PASSWORD"),
 )
 
@@ -71,10 +81,18 @@ def run(
 
 
 def configuration(
-    profile: str, environment: Mapping[str, str] = PASSWORD, *, tls: bool = False
+    profile: str,
+    environment: Mapping[str, str] = PASSWORD,
+    *,
+    tls: bool = False,
+    two_executors: bool = False,
 ) -> dict[str, Any]:
     """The whole file with a profile, variables filled in and anchors resolved."""
-    files = ["docker-compose.yml", *(["deploy/docker/compose.tls.yml"] if tls else [])]
+    files = [
+        "docker-compose.yml",
+        *([TLS_FILE] if tls else []),
+        *([TWO_EXECUTORS_FILE] if two_executors else []),
+    ]
     result = run(["--profile", profile, "config", "--format", "json"], environment, files=files)
     assert result.returncode == 0, result.stderr
     document: dict[str, Any] = json.loads(result.stdout)

@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.deploy.compose import INTERPOLATED, PASSWORD, ROOT, configuration, run
+from tests.deploy.compose import (
+    INTERPOLATED,
+    PASSWORD,
+    ROOT,
+    TLS_FILE,
+    TWO_EXECUTORS_FILE,
+    configuration,
+    run,
+)
 from tests.deploy.variables import (
     VARIABLE,
     default,
@@ -142,7 +150,7 @@ def test_every_variable_of_the_services_is_a_setting_with_a_value_that_it_takes(
 
 
 def test_every_variable_in_the_examples_is_real() -> None:
-    for path in (".env.example", "deploy/docker/compose.tls.yml", "docker-compose.yml"):
+    for path in (".env.example", TLS_FILE, TWO_EXECUTORS_FILE, "docker-compose.yml"):
         named = set(VARIABLE.findall((ROOT / path).read_text("utf-8")))
         # A prefix in a sentence, such as NANOVLLM_EXECUTOR_*, is none.
         assert {name for name in named if not name.endswith("_")} <= real_variables(), path
@@ -203,6 +211,28 @@ def test_only_the_gpu_profile_asks_for_a_gpu(gpu: dict[str, Any], cpu: dict[str,
     assert devices(cpu, "executor-cpu") == []
 
 
+@pytest.mark.parametrize("profile", ["gpu", "cpu"])
+def test_a_second_executor_is_like_the_first_but_for_its_name_and_its_device(profile: str) -> None:
+    services = configuration(profile, two_executors=True)["services"]
+    scheduler = settings_of("scheduler", services["scheduler"]["environment"])
+    assert scheduler["executor"] == "executor:50052,executor-2:50052"
+    first, second = services[EXECUTORS[profile]], services[f"{EXECUTORS[profile]}-2"]
+    for name in ("engine", "metrics"):
+        assert second["networks"][name]["aliases"] == ["executor-2"]
+        assert name in services["scheduler"]["networks"]
+    assert second["networks"].keys() == first["networks"].keys()
+    assert port(settings_of("executor", second["environment"])["listen"]) == 50052
+    assert second["depends_on"][EXECUTORS[profile]]["condition"] == "service_healthy"
+    if profile == "gpu":
+        (device,) = second["deploy"]["resources"]["reservations"]["devices"]
+        assert device["device_ids"] == ["1"]
+    for executor in (first, second):
+        executor["deploy"]["resources"].pop("reservations", None)
+        executor.pop("networks")
+        executor.pop("depends_on", None)
+    assert second == first
+
+
 def test_images_carry_the_version_of_the_package(stack: Any) -> None:
     _, document = stack
     version = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
@@ -238,8 +268,8 @@ def test_grafana_finds_its_dashboards_and_its_data_source(gpu: dict[str, Any]) -
 
 
 def test_the_example_of_env_names_every_variable_with_its_default() -> None:
-    text = (ROOT / "docker-compose.yml").read_text("utf-8")
-    text += (ROOT / "deploy/docker/compose.tls.yml").read_text("utf-8")
+    files = ("docker-compose.yml", TLS_FILE, TWO_EXECUTORS_FILE)
+    text = "".join((ROOT / file).read_text("utf-8") for file in files)
     # The memory of the executor has two defaults, one for each kind.
     defaults: dict[str, set[str]] = {}
     for name, value in re.findall(r"\$\{(\w+)(?::-([^}]*)|:\?[^}]*)?\}", text):

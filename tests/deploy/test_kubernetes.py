@@ -1,68 +1,32 @@
 """The manifests: rendered by kustomize, checked against Kubernetes' schemas and the code."""
 
 import re
-import shutil
 import subprocess
-import sys
 import tomllib
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 from scheduler_service.server import LIVENESS_SERVICE
 from tests.deploy.compose import ROOT, configuration
+from tests.deploy.manifests import (
+    FOLDER,
+    OVERLAYS,
+    containers,
+    environment,
+    objects,
+    pod,
+    rendered,
+    tool,
+)
 from tests.deploy.variables import VARIABLE, default, port, real_variables, settings_of
 
-FOLDER = ROOT / "deploy/kubernetes"
-OVERLAYS = ("cpu", "gpu", "tls")
 #: The oldest release with sidecar containers, and a recent one.
 KUBERNETES_VERSIONS = ("1.29", "1.34")
 #: Fields of podMetricsEndpoints that deploy/ may use, and their types in the operator's API.
 ENDPOINT_FIELDS = {"port": str, "interval": str, "scrapeTimeout": str, "relabelings": list}
 METRICS_MODULES = ROOT / "scheduler_service"
-
-
-def tool(name: str) -> str:
-    path = shutil.which(name, path=str(Path(sys.executable).parent))
-    if path is None:
-        pytest.skip(f"{name} is not installed; it comes with the extra dev")
-    return path
-
-
-@cache
-def rendered(overlay: str) -> str:
-    command = [tool("kubectl"), "kustomize", str(FOLDER / "overlays" / overlay)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-def objects(overlay: str) -> dict[tuple[str, str], Any]:
-    """Objects of an overlay by kind and name."""
-    documents = yaml.safe_load_all(rendered(overlay))
-    return {(document["kind"], document["metadata"]["name"]): document for document in documents}
-
-
-def pod(overlay: str) -> dict[str, Any]:
-    spec: dict[str, Any] = objects(overlay)["StatefulSet", "nanovllm"]["spec"]["template"]["spec"]
-    return spec
-
-
-def containers(overlay: str) -> dict[str, Any]:
-    spec = pod(overlay)
-    return {c["name"]: c for c in [*spec["initContainers"], *spec["containers"]]}
-
-
-def environment(overlay: str, container: str) -> dict[str, str]:
-    """What a container gets, as far as the manifests say it."""
-    found: dict[str, str] = {}
-    for source in containers(overlay)[container]["envFrom"]:
-        found |= objects(overlay)["ConfigMap", source["configMapRef"]["name"]]["data"]
-    plain = containers(overlay)[container]["env"]
-    return found | {entry["name"]: entry["value"] for entry in plain if "value" in entry}
 
 
 @pytest.mark.parametrize("version", KUBERNETES_VERSIONS)
@@ -213,7 +177,7 @@ def test_one_gpu_is_asked_for_by_the_executor_alone() -> None:
         for name, container in containers(overlay).items()
         if container["resources"]["limits"].get("nvidia.com/gpu") == "1"
     }
-    assert asking == {("gpu", "executor"), ("tls", "executor")}
+    assert asking == {(overlay, "executor") for overlay in ("gpu", "tls", "gateway")}
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

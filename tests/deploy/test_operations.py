@@ -26,7 +26,10 @@ def kv_table() -> list[list[str]]:
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
 
 
-@pytest.mark.parametrize("heading", ["Start, stop, upgrade", "Alerts", "KV memory", "Tuning"])
+@pytest.mark.parametrize(
+    "heading",
+    ["Start, stop, upgrade", "Several executors", "Alerts", "KV memory", "Tuning"],
+)
 def test_named_options_are_settings_of_a_service(heading: str) -> None:
     settings = (*ExecutorSettings.model_fields, *SchedulerSettings.model_fields)
     named = re.findall(r"`--([a-z-]+)`", section(heading))

@@ -63,6 +63,11 @@ MUST_HAPPEN = {
     "GPU busy",
     "Prompt tokens in the queue",
     "Plans",
+    "Sequences running, by executor",
+    "Sequences waiting, by executor",
+    "KV cache used, by executor",
+    "Sequences sent, by executor",
+    "Stream round trip p95, by executor",
 }
 
 

@@ -189,6 +189,14 @@ class Metrics:
         """The sum over all label values; 0 if the sample is absent."""
         return self.value(name)
 
+    def by(self, name: str, label: str) -> dict[str, float]:
+        """The values by those of a label; meant for a metric with no other label that varies."""
+        return {
+            sample.labels[label]: sample.value
+            for sample in self._samples
+            if sample.name == f"nanovllm_{name}"
+        }
+
     def value(self, name: str, **labels: str) -> float:
         """The sum over all samples with these labels."""
         return sum(

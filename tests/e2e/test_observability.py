@@ -134,6 +134,10 @@ SCHEDULER_METRICS = (
     "recomputed_tokens_total",
     "num_queued_tokens",
     "executor_connected",
+    "executor_draining",
+    "executor_slots",
+    "requests_routed_total",
+    "requests_moved_total",
     "executor_sessions_ended_total",
     "executor_round_trip_seconds_count",
     "plans_total",
@@ -176,7 +180,8 @@ class TestMetrics:
         assert executor["kv_blocks"] == 2048
         assert executor.value("kv_blocks", model_name="tiny-qwen3") == 2048
         assert 0 < executor["model_load_seconds"] < executor["startup_seconds"]
-        assert scheduler["executor_connected"] == 1
+        assert scheduler.value("executor_connected", executor=services.executor_address) == 1
+        assert scheduler["executor_slots"] == MAX_NUM_SEQS
         assert scheduler["scheduler_kv_blocks"] == 2048
         assert scheduler.value("cache_config_info", num_kv_blocks="2048", block_size="16") == 1
 
@@ -211,6 +216,8 @@ class TestMetrics:
         )
         # Before the phases the request is looked at and its prompt encoded.
         assert 0 < phases <= growth("e2e_request_latency_seconds_sum")
+        assert growth("requests_routed_total", executor=services.executor_address) == 1
+        assert growth("requests_moved_total") == 0
         assert growth("plans_total") > 0
         assert growth("executor_round_trip_seconds_count") > 0
 

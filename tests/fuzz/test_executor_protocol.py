@@ -183,7 +183,7 @@ async def break_protocol(h: EngineHarness, rng: random.Random) -> None:
     h.executor.results.clear()
     changed = [spoiled_result(result, rng) for result in results]
     try:
-        h.engine.on_results(changed)
+        h.connection.on_results(changed)
     except ExecutorProtocolError:
         h.lose_executor()
         h.scheduler.verify()

@@ -55,9 +55,8 @@ async def gateway(
         VllmEngineServicer(
             harness.engine,
             Intake(harness.engine, encoder, harness.metrics, tenancy),
-            SimpleNamespace(info=None),  # type: ignore[arg-type]
             serving,  # type: ignore[arg-type]
-            LoadReader(harness.scheduler, harness.metrics),
+            LoadReader(harness.pool.load, harness.metrics),
             directory,
             tenancy=tenancy,
         ).add_to(server)

@@ -49,7 +49,7 @@ def test_completions_that_end_apart_are_sent_together(serve: Serve) -> None:
             asyncio.create_task(read_all(gateway.stub.Generate(request(max_tokens=120))))
             for _ in range(7)
         ]
-        await until(lambda: gateway.harness.scheduler.num_running == 7)
+        await until(lambda: gateway.harness.pool.load.num_running == 7)
         call = gateway.stub.Generate(request(n=6))
         await call.initial_metadata()
         labels = {"model_name": "tiny", "finished_reason": "length"}
@@ -83,7 +83,7 @@ def test_headers_come_with_the_first_token_and_no_earlier(serve: Serve) -> None:
     async def scenario(gateway: Gateway) -> None:
         call = gateway.stub.Generate(request(stream=True))
         headers = asyncio.create_task(call.initial_metadata())
-        await until(lambda: gateway.harness.scheduler.num_waiting == 1)
+        await until(lambda: gateway.harness.pool.load.num_waiting == 1)
         await asyncio.sleep(0.05)
         assert not headers.done()
         gateway.harness.connect()

@@ -18,8 +18,6 @@ from scheduler_service.settings import SchedulerSettings
 from tests.gateway.conftest import Serve
 from tests.gateway.serving import Gateway, request
 from tests.gateway.test_cache_feed import Index
-from tests.scheduler.simulated_executor import SimulatedExecutor
-from tests.scheduler_service.engine_harness import CAPACITY
 from tests.scheduler_service.serving import LIMIT_S, failure, read_all, until
 from tests.security.callers import ALICE, BOB, bearer, with_tokens
 
@@ -54,7 +52,7 @@ def test_the_model_is_described_with_the_length_that_the_executor_takes(
 def test_the_load_is_that_of_the_scheduler(serve: Serve) -> None:
     async def scenario(gateway: Gateway) -> None:
         call = asyncio.create_task(read_all(gateway.stub.Generate(request(n=3, max_tokens=100))))
-        await until(lambda: gateway.harness.scheduler.num_running == 3)
+        await until(lambda: gateway.harness.pool.load.num_running == 3)
         (load,) = (await gateway.stub.GetLoads(pb.GetLoadsRequest())).loads
         assert (load.num_running_reqs, load.num_waiting_reqs, load.num_total_reqs) == (3, 0, 3)
         assert load.max_running_requests == 8
@@ -95,7 +93,7 @@ def test_a_flush_is_refused_while_requests_are_under_way(serve: Serve) -> None:
         await read_all(gateway.stub.Generate(message))
         message.sampling_params.max_tokens = 100
         call = asyncio.create_task(read_all(gateway.stub.Generate(message)))
-        await until(lambda: gateway.harness.scheduler.num_running == 1)
+        await until(lambda: gateway.harness.pool.load.num_running == 1)
         flush = common_pb2.FlushCacheRequest()
         assert not (await gateway.stub.FlushCache(flush)).success
         flush.timeout_s = LIMIT_S
@@ -171,8 +169,6 @@ def test_events_mirror_the_prefix_cache_through_evictions_and_a_new_executor(ser
         assert any(token_ids == [15] * 4 for token_ids in index.tokens.values())
         assert [10] * 4 not in index.tokens.values()
         harness.lose_executor()
-        # The lost one must not go on reporting.
-        harness.executor = SimulatedExecutor(CAPACITY)
         await until(lambda: not index.tokens)
         harness.connect()
         await read_all(gateway.stub.Generate(message))

@@ -96,8 +96,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         if chance:
             return
         self.scheduler.detach()
-        if not self.scheduler.attach(self.capacity):
-            self.executor = SimulatedExecutor(self.capacity)
+        self.scheduler.attach(self.capacity)
+        self.executor = SimulatedExecutor(self.capacity)
 
     @invariant()
     def accounting_holds(self):

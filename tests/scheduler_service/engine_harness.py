@@ -4,14 +4,17 @@ import asyncio
 import itertools
 from dataclasses import replace
 
-from nanovllm.v1 import inference_pb2
+from nanovllm.v1 import executor_pb2, inference_pb2
 from scheduler_service.admission import AdmissionLimits
 from scheduler_service.completion import Delta
 from scheduler_service.engine import Engine, EngineLimits
+from scheduler_service.executors.connection import Connection
+from scheduler_service.executors.pool import ExecutorPool
 from scheduler_service.live_request import LiveRequest
 from scheduler_service.model_spec import DefaultSampling, ModelSpec
 from scheduler_service.plan import Plan, StepResult
-from scheduler_service.scheduler import ExecutorCapacity, Scheduler, SchedulerPolicy
+from scheduler_service.router import RoutingPolicy
+from scheduler_service.scheduler import ExecutorCapacity, SchedulerPolicy
 from scheduler_service.telemetry.metrics import SchedulerMetrics
 from scheduler_service.telemetry.request_metrics import RequestMetrics
 from scheduler_service.text.tokenizer import Tokenizer
@@ -41,6 +44,31 @@ NO_LIMITS = AdmissionLimits(
 )
 
 
+class OtherExecutor:
+    """An executor beside the harness's own."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.scheduler = connection.member.scheduler
+        self.executor: SimulatedExecutor | None = None
+
+    def connect(self, capacity: ExecutorCapacity = CAPACITY) -> None:
+        self.executor = executor = SimulatedExecutor(capacity)
+        self.connection.on_connected(info_of(capacity), capacity, executor.plans.append)
+
+    def lose(self) -> None:
+        self.executor = None
+        self.connection.on_disconnected("the other executor went away")
+
+    def run_iteration(self) -> None:
+        if self.executor is not None:
+            self.executor.run_iteration()
+            results = list(self.executor.results)
+            self.executor.results.clear()
+            if results:
+                self.connection.on_results(results)
+
+
 class EngineHarness:
     """Must be made inside a running event loop."""
 
@@ -54,22 +82,23 @@ class EngineHarness:
         max_executor_losses: int = 2,
         admission: AdmissionLimits = NO_LIMITS,
     ) -> None:
-        self.scheduler = Scheduler(SchedulerPolicy())
-        self.metrics = SchedulerMetrics(self.scheduler, MODEL.name)
+        self.pool = ExecutorPool(SchedulerPolicy(), RoutingPolicy(), executor_wait_timeout_s)
+        self.connection = self.pool.add_executor("unix:/executor")
+        self.scheduler = self.connection.member.scheduler
+        self.metrics = SchedulerMetrics(self.pool.load, MODEL.name)
         self.engine = Engine(
-            self.scheduler,
+            self.pool,
             MODEL,
             tokenizer,
             RequestMetrics(self.metrics),
             EngineLimits(
-                replace(admission, max_queued_requests=max_queued_requests),
-                executor_wait_timeout_s,
-                max_executor_losses,
+                replace(admission, max_queued_requests=max_queued_requests), max_executor_losses
             ),
         )
-        self.engine.start()
+        self.pool.start()
         self.plans: list[Plan] = []
         self.executor = SimulatedExecutor(CAPACITY)
+        self.others: list[OtherExecutor] = []
         self._ids = itertools.count()
         if connect:
             self.connect()
@@ -82,10 +111,29 @@ class EngineHarness:
             self.plans.append(plan)
             executor.plans.append(plan)
 
-        self.engine.on_connected(capacity, send)
+        self.connection.on_connected(info_of(capacity), capacity, send)
+
+    def join(
+        self, address: str = "unix:/other", capacity: ExecutorCapacity | None = CAPACITY
+    ) -> OtherExecutor:
+        """One more executor, connected unless it has no capacity."""
+        self.pool.add_executor(address)
+        other = self.adopt(address)
+        if capacity is not None:
+            other.connect(capacity)
+        return other
+
+    def adopt(self, address: str) -> OtherExecutor:
+        """The executor at an address that has joined already."""
+        (connection,) = (each for each in self.pool.connections() if each.address == address)
+        other = OtherExecutor(connection)
+        self.others.append(other)
+        return other
 
     def lose_executor(self) -> None:
-        self.engine.on_disconnected("the executor went away")
+        # It must not go on reporting.
+        self.executor = SimulatedExecutor(CAPACITY)
+        self.connection.on_disconnected("the executor went away")
 
     def submit(
         self,
@@ -124,11 +172,13 @@ class EngineHarness:
         self.executor.results.clear()
         if results:
             self.report(results)
+        for other in self.others:
+            other.run_iteration()
         await settle()
 
     def report(self, results: list[StepResult]) -> None:
-        self.engine.on_results(results)
-        self.scheduler.verify()
+        self.connection.on_results(results)
+        self.pool.fleet.verify()
 
     async def finish(self, *tasks: "asyncio.Task", limit: int = 1000) -> None:
         """Steps until the tasks are done."""
@@ -143,16 +193,34 @@ class EngineHarness:
         await settle()
         self.executor.run_iteration()
         self.executor.results.clear()
+        for other in self.others:
+            other.run_iteration()
+            assert other.executor is None or other.executor.num_occupied_slots == 0
+        self.pool.fleet.verify()
         assert self.engine._requests == {}
         assert self.engine._reservations == {}
         await asyncio.wait_for(self.engine.wait_until_idle(), 10)
         assert self.engine._owners == {}
-        assert self.scheduler.num_running == 0
-        assert self.scheduler.num_waiting == 0
-        assert self.scheduler.kv_usage_ratio == 0
+        load = self.pool.load
+        assert (load.num_running, load.num_waiting, load.kv_usage_ratio) == (0, 0, 0)
         assert self.executor.num_occupied_slots == 0
         others = asyncio.all_tasks() - {asyncio.current_task()}
         assert not others, f"tasks left behind: {others}"
+
+
+def info_of(capacity: ExecutorCapacity) -> executor_pb2.GetExecutorInfoResponse:
+    """What an executor of this capacity says of itself."""
+    return executor_pb2.GetExecutorInfoResponse(
+        epoch=capacity.executor_epoch,
+        block_size=capacity.block_size,
+        num_blocks=capacity.num_blocks,
+        max_num_seqs=capacity.max_num_seqs,
+        max_num_batched_tokens=capacity.max_num_batched_tokens,
+        max_model_len=capacity.max_model_len,
+        device="simulated",
+        dtype="float32",
+        attention_backend="torch",
+    )
 
 
 async def settle() -> None:

@@ -32,9 +32,10 @@ class Service:
 
     harness: EngineHarness
     stub: inference_pb2_grpc.InferenceServiceStub
-    link: SimpleNamespace
     address: str
     encoder: PromptEncoder
+    #: Cleared: the executors stand still.
+    iterating: asyncio.Event
 
 
 @asynccontextmanager
@@ -55,7 +56,6 @@ async def served(
     """
     harness = EngineHarness(tokenizer, **options)
     encoder = PromptEncoder(tokenizer, max_pending_bytes=max_pending_bytes)
-    link = SimpleNamespace(address="unix:/executor", info=None)
     server = grpc.aio.server(
         interceptors=security.interceptors if security else (ErrorGuard(),),
         options=server_options,
@@ -64,7 +64,6 @@ async def served(
         InferenceServicer(
             harness.engine,
             encoder,
-            link,
             harness.metrics,
             has_chat_template=True,
             write_timeout_s=write_timeout_s,
@@ -76,11 +75,13 @@ async def served(
         add_services(server, harness, encoder)
     server.add_insecure_port(address)
     await server.start()
-    executor = asyncio.create_task(iterate(harness))
+    iterating = asyncio.Event()
+    iterating.set()
+    executor = asyncio.create_task(iterate(harness, iterating))
     async with grpc.aio.insecure_channel(address) as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
         try:
-            yield Service(harness, stub, link, address, encoder)
+            yield Service(harness, stub, address, encoder, iterating)
             await until(lambda: not harness.engine._requests)
         finally:
             executor.cancel()
@@ -88,16 +89,17 @@ async def served(
             encoder.close()
     await settle()
     assert harness.engine._owners == {}
-    assert harness.scheduler.num_running == harness.scheduler.num_waiting == 0
+    assert harness.pool.load.num_running == harness.pool.load.num_waiting == 0
     admission = harness.engine.admission
     assert admission.num_reserved == 0
     assert admission._requests_of == {}
     assert admission._response_bytes == 0
 
 
-async def iterate(harness: EngineHarness) -> None:
-    """The executor's loop."""
+async def iterate(harness: EngineHarness, iterating: asyncio.Event) -> None:
+    """The executors' loop."""
     while True:
+        await iterating.wait()
         await harness.step()
 
 

@@ -17,8 +17,10 @@ from scheduler_service.errors import (
     ResponseMemoryError,
     RetryableError,
 )
+from scheduler_service.executors.fleet import Fleet
+from scheduler_service.executors.load import FleetLoad
 from scheduler_service.lengths import SequenceLengths
-from scheduler_service.scheduler import Scheduler, SchedulerPolicy
+from scheduler_service.scheduler import SchedulerPolicy
 from scheduler_service.sequence import FinishReason, Sequence, SequenceId
 from scheduler_service.validation import GenerateSpec, validate_generate
 from tests.scheduler_service.engine_harness import CAPACITY, MODEL, NO_LIMITS
@@ -39,11 +41,13 @@ class Desk:
 
     def __init__(self, limits: AdmissionLimits, *, connected: bool = True) -> None:
         self.now_s = 0.0
-        self.scheduler = Scheduler(SchedulerPolicy())
+        fleet = Fleet(SchedulerPolicy())
+        self.scheduler = fleet.join("unix:/executor").scheduler
         if connected:
             self.scheduler.attach(CAPACITY)
-        lengths = SequenceLengths(MODEL, self.scheduler)
-        self.admission = Admission(limits, self.scheduler, lengths, lambda: self.now_s)
+        load = FleetLoad(fleet)
+        lengths = SequenceLengths(MODEL, load)
+        self.admission = Admission(limits, load, lengths, lambda: self.now_s)
         self.running: list[Sequence] = []
         self._count = 0
 

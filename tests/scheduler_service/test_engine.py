@@ -282,7 +282,7 @@ def test_a_result_that_breaks_the_protocol_does_not_leave_ended_requests_waiting
         h.executor.run_iteration()
         impossible = StepResult(1, [CAPACITY.max_num_seqs], [0], b"\0")
         with pytest.raises(ExecutorProtocolError):
-            h.engine.on_results([*h.executor.results, impossible])
+            h.connection.on_results([*h.executor.results, impossible])
         h.lose_executor()
         assert [d.finish_reason for d in await asyncio.wait_for(task, 10)] == [FinishReason.LENGTH]
         h.connect()

@@ -17,9 +17,9 @@ from scheduler_service.link import executor_link
 from scheduler_service.link.executor_link import ExecutorLink, LinkSettings, SessionEndedError
 from scheduler_service.link.executor_liveness import LivenessLimits
 from scheduler_service.plan import Admit, Plan, StepResult
-from scheduler_service.scheduler import ExecutorCapacity, Scheduler, SchedulerPolicy
+from scheduler_service.scheduler import ExecutorCapacity
 from scheduler_service.sequence import SlotSampling
-from scheduler_service.telemetry.metrics import SchedulerMetrics
+from scheduler_service.telemetry.metrics.link_counts import LinkCounts
 
 FINGERPRINT = "a" * 64
 Script = Callable[["ScriptedExecutor", AsyncIterator, grpc.aio.ServicerContext], AsyncIterator]
@@ -63,27 +63,34 @@ class ScriptedExecutor(executor_pb2_grpc.ExecutorServiceServicer):
             yield response
 
 
-class FakeEngine:
+class FakeConnection:
     """Records what the link reports."""
 
-    def __init__(self) -> None:
-        self.model = SimpleNamespace(name="tiny", fingerprint=FINGERPRINT)
-        self.scheduler = SimpleNamespace(has_work_in_flight=False)
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.has_work_in_flight = False
+        self.info: executor_pb2.GetExecutorInfoResponse | None = None
         self.capacities: list[ExecutorCapacity] = []
         self.results: list[StepResult] = []
         self.problems: list[str] = []
+        self.suspicions: list[bool] = []
         self.bugs: list[Exception] = []
-        self.metrics: SchedulerMetrics | None = None
+        self.counts = LinkCounts()
         self.send: Callable[[Plan], None] | None = None
         self.changed = asyncio.Event()
 
-    def on_connected(self, capacity: ExecutorCapacity, send: Callable[[Plan], None]) -> None:
+    @property
+    def has_session(self) -> bool:
+        return self.send is not None
+
+    def on_connected(self, info, capacity: ExecutorCapacity, send: Callable[[Plan], None]) -> None:
+        self.info = info
         self.capacities.append(capacity)
         self.send = send
         self.changed.set()
 
     def on_disconnected(self, problem: str) -> None:
-        self.send = None
+        self.send = self.info = None
         self.problems.append(problem)
         self.changed.set()
 
@@ -93,6 +100,10 @@ class FakeEngine:
         self.results.extend(results)
         self.changed.set()
 
+    def on_suspicion(self, is_suspect: bool) -> None:
+        self.suspicions.append(is_suspect)
+        self.changed.set()
+
     async def until(self, condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(20):
             while not condition():
@@ -100,15 +111,9 @@ class FakeEngine:
                 await self.changed.wait()
 
 
-def counted_ends(engine: FakeEngine) -> dict[str, float]:
+def counted_ends(connection: FakeConnection) -> dict[str, int]:
     """Sessions that ended so far, by reason."""
-    assert engine.metrics is not None
-    (family,) = engine.metrics.sessions_ended.collect()
-    return {
-        sample.labels["reason"]: sample.value
-        for sample in family.samples
-        if sample.name.endswith("_total") and sample.value
-    }
+    return {end.value: count for end, count in connection.counts.sessions_ended.items() if count}
 
 
 async def echo_step_ids(executor, plans, context) -> AsyncIterator:
@@ -121,11 +126,11 @@ async def echo_step_ids(executor, plans, context) -> AsyncIterator:
 
 @pytest.fixture
 def converse(tmp_path: Path) -> Callable[..., None]:
-    """Runs a link against a scripted executor while a scenario watches the engine."""
+    """Runs a link against a scripted executor while a scenario watches the connection."""
 
     def run(
         script: Script,
-        scenario: Callable[[FakeEngine, ScriptedExecutor, ExecutorLink], Awaitable[None]],
+        scenario: Callable[[FakeConnection, ScriptedExecutor, ExecutorLink], Awaitable[None]],
         *,
         silence_timeout_s: float = 30.0,
         stall_timeout_s: float = 30.0,
@@ -141,18 +146,19 @@ def converse(tmp_path: Path) -> Callable[..., None]:
             port = server.add_insecure_port(listen)
             address = listen.replace(":0", f":{port}")
             await server.start()
-            engine = FakeEngine()
+            connection = FakeConnection(address)
 
             async def on_change(connected: bool) -> None:
                 states.append(connected)
 
             limits = LivenessLimits(silence_timeout_s, stall_timeout_s)
-            metrics = SchedulerMetrics(Scheduler(SchedulerPolicy()), "tiny")
-            link = ExecutorLink(engine, LinkSettings(address, limits), metrics, on_change)
-            engine.metrics = metrics
+            model = SimpleNamespace(name="tiny", fingerprint=FINGERPRINT)
+            link = ExecutorLink(
+                connection, LinkSettings(model, limits), connection.counts, on_change
+            )
             task = asyncio.create_task(link.run())
             try:
-                scenario_task = asyncio.create_task(scenario(engine, executor, link))
+                scenario_task = asyncio.create_task(scenario(connection, executor, link))
                 await asyncio.wait([task, scenario_task], return_when=asyncio.FIRST_COMPLETED)
                 if task.done():
                     scenario_task.cancel()
@@ -170,37 +176,36 @@ def converse(tmp_path: Path) -> Callable[..., None]:
 
 
 def test_plans_go_down_in_order_and_results_come_up(converse):
-    async def scenario(engine: FakeEngine, executor: ScriptedExecutor, link: ExecutorLink):
-        await engine.until(lambda: engine.send is not None)
+    async def scenario(connection: FakeConnection, executor: ScriptedExecutor, link: ExecutorLink):
+        await connection.until(lambda: connection.send is not None)
         for step_id in range(1, 21):
-            engine.send(Plan(step_id, releases=[step_id % 3]))
-        await engine.until(lambda: len(engine.results) == 20)
-        assert [result.applied_step_id for result in engine.results] == list(range(1, 21))
+            connection.send(Plan(step_id, releases=[step_id % 3]))
+        await connection.until(lambda: len(connection.results) == 20)
+        assert [result.applied_step_id for result in connection.results] == list(range(1, 21))
         assert [plan.release_slots for plan in executor.plans[:3]] == [
             pack_int32([1]),
             pack_int32([2]),
             pack_int32([0]),
         ]
-        assert engine.capacities == [ExecutorCapacity(9, 4, 3, 64, 128)]
-        assert link.info.block_size == 4
-        registry = engine.metrics.registry
-        for name in ("plans_total", "executor_round_trip_seconds_count"):
-            assert registry.get_sample_value(f"nanovllm_{name}", {"model_name": "tiny"}) == 20
+        assert connection.capacities == [ExecutorCapacity(9, 4, 3, 64, 128)]
+        assert connection.info.block_size == 4
+        assert connection.counts.num_plans == 20
+        assert connection.counts.round_trip.cumulative(()) == [20]
 
     assert converse(echo_step_ids, scenario) == [True, False]
 
 
 def test_a_bug_that_a_session_brings_out_ends_the_session_and_not_the_link(converse, caplog):
-    async def scenario(engine: FakeEngine, executor: ScriptedExecutor, link: ExecutorLink):
-        engine.bugs.append(ZeroDivisionError("a bug"))
-        await engine.until(lambda: engine.send is not None)
-        engine.send(Plan(1))
-        await engine.until(lambda: len(engine.capacities) == 2)
+    async def scenario(connection: FakeConnection, executor: ScriptedExecutor, link: ExecutorLink):
+        connection.bugs.append(ZeroDivisionError("a bug"))
+        await connection.until(lambda: connection.send is not None)
+        connection.send(Plan(1))
+        await connection.until(lambda: len(connection.capacities) == 2)
         # Clients are told this; the exception's text is for the log alone.
-        assert engine.problems[0] == "the scheduler failed in a session"
-        assert counted_ends(engine) == {"bug": 1}
-        engine.send(Plan(1))
-        await engine.until(lambda: len(engine.results) == 1)
+        assert connection.problems[0] == "the scheduler failed in a session"
+        assert counted_ends(connection) == {"bug": 1}
+        connection.send(Plan(1))
+        await connection.until(lambda: len(connection.results) == 1)
 
     assert converse(echo_step_ids, scenario)[:3] == [True, False, True]
     # gRPC's own logger may add that the scripted server's call was cancelled at the end.
@@ -215,9 +220,9 @@ def test_the_executor_is_never_reached_through_a_proxy(converse, monkeypatch: py
     for name in ("http_proxy", "https_proxy", "grpc_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
 
-    async def scenario(engine: FakeEngine, executor: ScriptedExecutor, link: ExecutorLink):
-        await engine.until(lambda: engine.send is not None or bool(engine.problems))
-        assert engine.problems == []
+    async def scenario(connection: FakeConnection, executor: ScriptedExecutor, link: ExecutorLink):
+        await connection.until(lambda: connection.send is not None or bool(connection.problems))
+        assert connection.problems == []
 
     converse(echo_step_ids, scenario, listen="127.0.0.1:0")
 
@@ -236,23 +241,23 @@ def test_a_plan_of_many_long_prompts_is_not_too_large(converse):
         sampling=SlotSampling(),
     )
 
-    async def scenario(engine: FakeEngine, executor: ScriptedExecutor, link: ExecutorLink):
-        await engine.until(lambda: engine.send is not None)
-        engine.send(Plan(1, admits=[large]))
-        await engine.until(lambda: bool(engine.results) or bool(engine.problems))
-        assert engine.problems == []
+    async def scenario(connection: FakeConnection, executor: ScriptedExecutor, link: ExecutorLink):
+        await connection.until(lambda: connection.send is not None)
+        connection.send(Plan(1, admits=[large]))
+        await connection.until(lambda: bool(connection.results) or bool(connection.problems))
+        assert connection.problems == []
         assert len(executor.plans[0].admits[0].token_ids) == 4 * num_tokens
 
     converse(echo_step_ids, scenario)
 
 
 def test_another_model_is_refused_with_what_to_change(converse, caplog):
-    async def scenario(engine: FakeEngine, executor: ScriptedExecutor, link: ExecutorLink):
-        await engine.until(lambda: len(engine.problems) == 2)
-        assert "same --model" in engine.problems[0]
-        assert counted_ends(engine) == {"refused": 2}
+    async def scenario(connection: FakeConnection, executor: ScriptedExecutor, link: ExecutorLink):
+        await connection.until(lambda: len(connection.problems) == 2)
+        assert "same --model" in connection.problems[0]
+        assert counted_ends(connection) == {"refused": 2}
         assert executor.started == []
-        assert link.info is None
+        assert connection.info is None
 
     with caplog.at_level(logging.WARNING):
         assert True not in converse(echo_step_ids, scenario, fingerprint="b" * 64)
@@ -267,13 +272,13 @@ def test_a_session_that_the_executor_ends_is_followed_by_a_new_one(converse):
         await context.abort(grpc.StatusCode.ABORTED, "a newer session took over")
         yield
 
-    async def scenario(engine: FakeEngine, executor: ScriptedExecutor, link: ExecutorLink):
-        await engine.until(lambda: engine.send is not None)
-        engine.send(Plan(1))
-        await engine.until(lambda: len(engine.capacities) == 2)
-        assert "ABORTED" in engine.problems[0]
-        assert "a newer session took over" in engine.problems[0]
-        assert counted_ends(engine) == {"fenced": 1}
+    async def scenario(connection: FakeConnection, executor: ScriptedExecutor, link: ExecutorLink):
+        await connection.until(lambda: connection.send is not None)
+        connection.send(Plan(1))
+        await connection.until(lambda: len(connection.capacities) == 2)
+        assert "ABORTED" in connection.problems[0]
+        assert "a newer session took over" in connection.problems[0]
+        assert counted_ends(connection) == {"fenced": 1}
         first, second = executor.started
         assert first.session_id != second.session_id
 
@@ -287,15 +292,15 @@ def test_plans_written_while_a_session_ends_do_not_end_the_link(converse):
         await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "no")
         yield
 
-    async def scenario(engine: FakeEngine, executor: ScriptedExecutor, link: ExecutorLink):
+    async def scenario(connection: FakeConnection, executor: ScriptedExecutor, link: ExecutorLink):
         async def flood() -> None:
             while True:
-                if engine.send is not None:
-                    engine.send(Plan(1))
+                if connection.send is not None:
+                    connection.send(Plan(1))
                 await asyncio.sleep(0)
 
         flooding = asyncio.create_task(flood())
-        await engine.until(lambda: len(engine.problems) >= 3)
+        await connection.until(lambda: len(connection.problems) >= 3)
         flooding.cancel()
         assert len(executor.started) >= 3
 
@@ -331,12 +336,12 @@ def test_a_malformed_result_ends_the_session_as_a_breach_of_protocol(converse, r
         yield executor_pb2.ExecuteResponse(step_results=executor_pb2.StepResults(results=[result]))
         await anext(plans)
 
-    async def scenario(engine: FakeEngine, executor: ScriptedExecutor, link: ExecutorLink):
-        await engine.until(lambda: engine.send is not None)
-        engine.send(Plan(1))
-        await engine.until(lambda: bool(engine.problems))
-        assert "broke the protocol" in engine.problems[0]
-        assert counted_ends(engine) == {"protocol": 1}
+    async def scenario(connection: FakeConnection, executor: ScriptedExecutor, link: ExecutorLink):
+        await connection.until(lambda: connection.send is not None)
+        connection.send(Plan(1))
+        await connection.until(lambda: bool(connection.problems))
+        assert "broke the protocol" in connection.problems[0]
+        assert counted_ends(connection) == {"protocol": 1}
 
     converse(send_nonsense, scenario)
 
@@ -349,22 +354,22 @@ async def beat(executor, plans, context) -> AsyncIterator:
 
 
 def test_an_executor_that_owes_results_and_only_beats_is_given_up(converse):
-    async def scenario(engine: FakeEngine, executor: ScriptedExecutor, link: ExecutorLink):
-        await engine.until(lambda: engine.send is not None)
-        engine.scheduler.has_work_in_flight = True
-        await engine.until(lambda: bool(engine.problems))
-        assert "made no progress" in engine.problems[0]
-        assert counted_ends(engine) == {"stalled": 1}
+    async def scenario(connection: FakeConnection, executor: ScriptedExecutor, link: ExecutorLink):
+        await connection.until(lambda: connection.send is not None)
+        connection.has_work_in_flight = True
+        await connection.until(lambda: bool(connection.problems))
+        assert "made no progress" in connection.problems[0]
+        assert counted_ends(connection) == {"stalled": 1}
 
     converse(beat, scenario, stall_timeout_s=0.2)
 
 
 def test_an_idle_executor_that_beats_stays_connected(converse):
-    async def scenario(engine: FakeEngine, executor: ScriptedExecutor, link: ExecutorLink):
-        await engine.until(lambda: engine.send is not None)
+    async def scenario(connection: FakeConnection, executor: ScriptedExecutor, link: ExecutorLink):
+        await connection.until(lambda: connection.send is not None)
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(1.0):
-                await engine.until(lambda: bool(engine.problems))
+                await connection.until(lambda: bool(connection.problems))
 
     converse(beat, scenario, silence_timeout_s=5.0, stall_timeout_s=0.2)
 
@@ -375,28 +380,28 @@ def test_an_idle_executor_that_sends_nothing_is_given_up(converse):
             pass
         yield
 
-    async def scenario(engine: FakeEngine, executor: ScriptedExecutor, link: ExecutorLink):
-        await engine.until(lambda: bool(engine.problems))
-        assert "sent nothing" in engine.problems[0]
-        assert not engine.scheduler.has_work_in_flight
+    async def scenario(connection: FakeConnection, executor: ScriptedExecutor, link: ExecutorLink):
+        await connection.until(lambda: bool(connection.problems))
+        assert "sent nothing" in connection.problems[0]
+        assert not connection.has_work_in_flight
 
     converse(say_nothing, scenario, silence_timeout_s=0.2)
 
 
 def test_the_executor_is_asked_for_several_heartbeats_within_the_limit(converse):
-    async def scenario(engine: FakeEngine, executor: ScriptedExecutor, link: ExecutorLink):
-        await engine.until(lambda: engine.send is not None)
+    async def scenario(connection: FakeConnection, executor: ScriptedExecutor, link: ExecutorLink):
+        await connection.until(lambda: connection.send is not None)
         assert executor.started[0].heartbeat_interval_ms == 1000
 
     converse(echo_step_ids, scenario, silence_timeout_s=5.0)
 
 
 def test_an_answer_that_belongs_to_another_session_is_not_taken(converse):
-    async def scenario(engine: FakeEngine, executor: ScriptedExecutor, link: ExecutorLink):
+    async def scenario(connection: FakeConnection, executor: ScriptedExecutor, link: ExecutorLink):
         executor.answered_session_id = 1
-        await engine.until(lambda: bool(engine.problems))
-        assert "for another session" in engine.problems[0]
-        assert engine.capacities == []
+        await connection.until(lambda: bool(connection.problems))
+        assert "for another session" in connection.problems[0]
+        assert connection.capacities == []
 
     converse(echo_step_ids, scenario)
 
@@ -407,11 +412,11 @@ def test_a_stream_that_breaks_counts_as_a_lost_session(converse):
         await context.abort(grpc.StatusCode.UNAVAILABLE, "the executor is shutting down")
         yield
 
-    async def scenario(engine: FakeEngine, executor: ScriptedExecutor, link: ExecutorLink):
-        await engine.until(lambda: engine.send is not None)
-        engine.send(Plan(1))
-        await engine.until(lambda: bool(engine.problems))
-        assert counted_ends(engine) == {"lost": 1}
+    async def scenario(connection: FakeConnection, executor: ScriptedExecutor, link: ExecutorLink):
+        await connection.until(lambda: connection.send is not None)
+        connection.send(Plan(1))
+        await connection.until(lambda: bool(connection.problems))
+        assert counted_ends(connection) == {"lost": 1}
 
     converse(break_at_first_plan, scenario)
 

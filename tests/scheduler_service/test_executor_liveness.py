@@ -65,3 +65,22 @@ def test_results_are_a_sign_of_life_and_of_progress():
         liveness.on_results(float(second))
         for half in (0.0, 0.5):
             assert liveness.problem(has_work=True, now_s=second + half) is None
+
+
+def test_an_executor_is_suspect_long_before_it_counts_as_lost_and_until_it_gives_a_sign():
+    liveness = ExecutorLiveness(LivenessLimits(silence_timeout_s=4.0, stall_timeout_s=60.0), 0.0)
+    assert not liveness.is_suspect(1.5)
+    assert liveness.is_suspect(1.7)
+    assert liveness.problem(has_work=False, now_s=1.7) is None
+    liveness.on_heartbeat(0, 1.8)
+    assert not liveness.is_suspect(1.9)
+
+
+def test_a_busy_executor_that_only_beats_becomes_suspect_and_an_idle_one_does_not():
+    for has_work in (True, False):
+        liveness = ExecutorLiveness(LivenessLimits(4.0, 60.0), 0.0)
+        for tick in range(1, 66):
+            now_s = tick * 0.4
+            liveness.on_heartbeat(0, now_s)
+            assert liveness.problem(has_work=has_work, now_s=now_s) is None
+        assert liveness.is_suspect(now_s) == has_work

@@ -8,14 +8,16 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from scheduler_service.completion import Completion
+from scheduler_service.executors.fleet import Fleet
+from scheduler_service.executors.load import FleetLoad
 from scheduler_service.link.round_trips import RoundTrips
-from scheduler_service.scheduler import ExecutorCapacity, Scheduler, SchedulerPolicy
+from scheduler_service.scheduler import SchedulerPolicy
 from scheduler_service.sequence import Sequence, SequenceId
 from scheduler_service.telemetry.loop_lag import watch_loop_lag
 from scheduler_service.telemetry.metrics import SchedulerMetrics
 from scheduler_service.telemetry.request_metrics import RequestMetrics
 from scheduler_service.text.tokenizer import Tokenizer
-from tests.scheduler_service.engine_harness import CAPACITY, EngineHarness, settle
+from tests.scheduler_service.engine_harness import EngineHarness, settle
 
 LABEL = {"model_name": "tiny"}
 LIMIT_S = 30
@@ -37,7 +39,7 @@ def values(metrics: SchedulerMetrics, name: str, label: str) -> dict[str, float]
 
 @pytest.fixture
 def metrics() -> SchedulerMetrics:
-    return SchedulerMetrics(Scheduler(SchedulerPolicy()), "tiny")
+    return SchedulerMetrics(FleetLoad(Fleet(SchedulerPolicy())), "tiny")
 
 
 def completion(arrival_s: float = 0.0, num_prompt_tokens: int = 3) -> Completion:
@@ -70,8 +72,6 @@ def test_finished_requests_are_counted_with_their_tokens_and_times(tokenizer: To
         assert value(metrics, f"{name}_seconds_count") == 5
     assert value(metrics, "request_prompt_tokens_sum") == 4 * 4 + 3
     assert value(metrics, "request_generation_tokens_sum") == produced
-    assert value(metrics, "num_requests_running") == 0
-    assert value(metrics, "kv_cache_usage_ratio") == 0
     # Once per request, not per completion.
     assert value(metrics, "request_params_n_count") == 3
     assert value(metrics, "request_params_n_sum") == 2 + 2 + 1
@@ -96,7 +96,8 @@ def test_time_before_the_queue_counts_for_the_first_token_and_not_for_the_queue(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ):
     clock = SimpleNamespace(now_s=1000.0)
-    for module in ("engine", "live_request", "reservation", "telemetry.request_metrics"):
+    modules = ("engine", "live_request", "reservation", "telemetry.request_metrics")
+    for module in (*modules, "executors.connection"):
         monkeypatch.setattr(
             f"scheduler_service.{module}.time", SimpleNamespace(monotonic=lambda: clock.now_s)
         )
@@ -181,57 +182,6 @@ def test_gaps_of_different_length_are_not_mixed(metrics: SchedulerMetrics):
     assert value(metrics, "time_to_first_token_seconds_count") == 0
 
 
-def test_sessions_after_the_first_count_as_restarts(tokenizer: Tokenizer):
-    async def main() -> SchedulerMetrics:
-        h = EngineHarness(tokenizer)
-        for _ in range(2):
-            h.lose_executor()
-            h.connect()
-        return h.metrics
-
-    assert value(asyncio.run(main()), "executor_restarts_total") == 2
-
-
-def test_gauges_show_the_executor_and_what_waits(tokenizer: Tokenizer):
-    async def main() -> None:
-        h = EngineHarness(tokenizer)
-        task = h.read(h.submit([0, 1, 2, 1, 2], n=CAPACITY.max_num_seqs + 2, max_tokens=4))
-        await h.step()
-        assert value(h.metrics, "executor_connected") == 1
-        assert value(h.metrics, "num_requests_waiting") == 2
-        assert value(h.metrics, "num_queued_tokens") == 2 * 5
-        blocks = values(h.metrics, "scheduler_kv_blocks", "state")
-        assert sum(blocks.values()) == CAPACITY.num_blocks
-        assert min(blocks["owned"], blocks["free"]) > 0
-        await h.finish(task)
-        blocks = values(h.metrics, "scheduler_kv_blocks", "state")
-        assert (blocks["owned"], value(h.metrics, "num_queued_tokens")) == (0, 0)
-        # Prompt blocks stay findable.
-        assert blocks["cached"] > 0
-        h.lose_executor()
-        assert value(h.metrics, "executor_connected") == 0
-        blocks = values(h.metrics, "scheduler_kv_blocks", "state")
-        assert blocks == {"free": 0, "cached": 0, "owned": 0}
-
-    asyncio.run(main())
-
-
-def test_the_cache_is_described_while_an_executor_is_connected():
-    scheduler = Scheduler(SchedulerPolicy(enable_prefix_caching=False))
-    metrics = SchedulerMetrics(scheduler, "tiny")
-    assert values(metrics, "cache_config_info", "block_size") == {}
-    scheduler.attach(ExecutorCapacity(64, 4, 8, 60, 128))
-    labels = {
-        "block_size": "4",
-        "num_kv_blocks": "64",
-        "enable_prefix_caching": "False",
-        "max_num_seqs": "8",
-        "max_num_batched_tokens": "60",
-        "max_model_len": "128",
-    }
-    assert value(metrics, "cache_config_info", **labels) == 1
-
-
 def test_reasons_are_there_before_anything_happened_so_that_rates_see_the_first(
     metrics: SchedulerMetrics,
 ):
@@ -239,8 +189,8 @@ def test_reasons_are_there_before_anything_happened_so_that_rates_see_the_first(
     assert {"invalid_field", "queue_full", "never_fits", "no_executor"} <= rejections.keys()
     metrics.count_rejection("queue_full")
     assert value(metrics, "admission_rejections_total", reason="queue_full") == 1
-    ends = values(metrics, "executor_sessions_ended_total", "reason")
-    assert ends == dict.fromkeys(("stalled", "lost", "fenced", "protocol", "refused", "bug"), 0)
+    moves = values(metrics, "requests_moved_total", "reason")
+    assert moves == dict.fromkeys(("lost", "drained", "removed", "rebalanced"), 0)
 
 
 def test_every_sample_names_the_model_and_every_histogram_is_readable(metrics: SchedulerMetrics):

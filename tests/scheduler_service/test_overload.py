@@ -73,15 +73,15 @@ def test_a_client_with_too_many_requests_is_refused_until_one_ends(serve):
         limits = replace(NO_LIMITS, max_requests_per_client=2)
         async with serve(connect=False, admission=limits) as service:
             first, second = (service.stub.Generate(request()) for _ in range(2))
-            await until(lambda: service.harness.scheduler.num_waiting == 2)
+            await until(lambda: service.harness.pool.load.num_waiting == 2)
             error = await failure(service.stub.Generate(request()))
             assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
             assert retry_after_s(error) == 1.0
             assert rejections(service, "client_limit") == 1
             first.cancel()
-            await until(lambda: service.harness.scheduler.num_waiting == 1)
+            await until(lambda: service.harness.pool.load.num_waiting == 1)
             third = service.stub.Generate(request())
-            await until(lambda: service.harness.scheduler.num_waiting == 2)
+            await until(lambda: service.harness.pool.load.num_waiting == 2)
             second.cancel()
             third.cancel()
 
@@ -192,17 +192,17 @@ def test_a_queued_request_leaves_the_queue_when_its_deadline_passes(serve, preem
         async with serve() as service:
             harness = service.harness
             running = service.stub.Generate(request(max_tokens=100, n=8))
-            await until(lambda: harness.scheduler.num_running == 8)
+            await until(lambda: harness.pool.load.num_running == 8)
             if preempted:
                 # It waits again with its tokens, and no executor comes before its deadline.
                 harness.lose_executor()
             late = service.stub.Generate(request(max_tokens=100), timeout=0.2)
             if not preempted:
                 harness.lose_executor()
-            await until(lambda: harness.scheduler.num_waiting == 9)
+            await until(lambda: harness.pool.load.num_waiting == 9)
             error = await failure(late)
             assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-            await until(lambda: harness.scheduler.num_waiting == 8)
+            await until(lambda: harness.pool.load.num_waiting == 8)
             running.cancel()
 
     asyncio.run(main())
@@ -213,11 +213,11 @@ def test_a_request_that_ran_and_was_preempted_leaves_at_its_deadline(serve):
         async with serve() as service:
             harness = service.harness
             late = service.stub.Generate(request(max_tokens=120), timeout=0.5)
-            await until(lambda: harness.scheduler.num_running == 1)
+            await until(lambda: harness.pool.load.num_running == 1)
             harness.lose_executor()
-            await until(lambda: harness.scheduler.num_waiting == 1)
+            await until(lambda: harness.pool.load.num_waiting == 1)
             assert (await failure(late)).code() is grpc.StatusCode.DEADLINE_EXCEEDED
-            await until(lambda: harness.scheduler.num_waiting == 0)
+            await until(lambda: harness.pool.load.num_waiting == 0)
 
     asyncio.run(main())
 

@@ -2,13 +2,13 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
 import pytest
 from google.rpc import error_details_pb2
 
-from nanovllm.v1 import executor_pb2
 from nanovllm.v1 import inference_pb2 as pb
 from scheduler_service.text.tokenizer import Tokenizer
 from scheduler_service.validation import RequestKey
@@ -102,7 +102,7 @@ def test_a_wrong_field_is_invalid_argument_and_counted(serve):
 def test_a_full_queue_says_when_to_come_back(serve):
     async def scenario(service: Service) -> None:
         waiting = service.stub.Generate(request())
-        await until(lambda: service.harness.scheduler.num_waiting == 1)
+        await until(lambda: service.harness.pool.load.num_waiting == 1)
         error = await failure(service.stub.Generate(request()))
         assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert (retry_after_s(error) or 0) >= 1
@@ -114,7 +114,7 @@ def test_a_full_queue_says_when_to_come_back(serve):
 def test_a_live_request_id_is_refused_and_abort_ends_its_owner(serve):
     async def scenario(service: Service) -> None:
         first = service.stub.Generate(request(request_id="mine", params={"n": 2}))
-        await until(lambda: service.harness.scheduler.num_waiting == 2)
+        await until(lambda: service.harness.pool.load.num_waiting == 2)
         error = await failure(service.stub.Generate(request(request_id="mine")))
         assert error.code() is grpc.StatusCode.ALREADY_EXISTS
         answer = await service.stub.Abort(pb.AbortRequest(request_id="mine"))
@@ -199,7 +199,7 @@ def test_a_cancelled_call_and_a_passed_deadline_leave_nothing(serve):
     async def scenario(service: Service) -> None:
         cancelled = service.stub.Generate(request())
         late = service.stub.Generate(request(), timeout=0.1)
-        await until(lambda: service.harness.scheduler.num_waiting == 2)
+        await until(lambda: service.harness.pool.load.num_waiting == 2)
         cancelled.cancel()
         assert (await failure(late)).code() is grpc.StatusCode.DEADLINE_EXCEEDED
 
@@ -255,20 +255,22 @@ def test_the_status_shows_load_and_executor(serve):
         assert not status.HasField("executor")
         assert status.num_kv_blocks == 0
         waiting = service.stub.Generate(request(params={"n": 3}))
-        await until(lambda: service.harness.scheduler.num_waiting == 3)
+        await until(lambda: service.harness.pool.load.num_waiting == 3)
         status = await service.stub.GetServerStatus(pb.GetServerStatusRequest())
         assert (status.num_waiting, status.num_running) == (3, 0)
         waiting.cancel()
-        await until(lambda: service.harness.scheduler.num_waiting == 0)
-        service.harness.connect()
-        service.link.info = executor_pb2.GetExecutorInfoResponse(
-            epoch=2**63, device="cpu", dtype="float32", attention_backend="torch", max_num_seqs=8
-        )
+        await until(lambda: service.harness.pool.load.num_waiting == 0)
+        service.harness.connect(replace(CAPACITY, executor_epoch=2**63))
         status = await service.stub.GetServerStatus(pb.GetServerStatusRequest())
         assert status.executor_state == pb.EXECUTOR_STATE_CONNECTED
         assert (status.num_kv_blocks, status.kv_block_size) == (64, 4)
         assert status.num_free_kv_blocks + status.num_cached_kv_blocks == 64
         assert (status.executor.epoch, status.executor.address) == (2**63, "unix:/executor")
+        service.harness.join()
+        status = await service.stub.GetServerStatus(pb.GetServerStatusRequest())
+        assert [each.address for each in status.executors] == ["unix:/executor", "unix:/other"]
+        assert status.executor == status.executors[0]
+        assert (status.num_kv_blocks, status.num_free_kv_blocks) == (128, 128)
         assert status.uptime_s > 0
 
     serve(scenario, connect=False)

@@ -3,6 +3,7 @@
 import pytest
 
 from nanovllm.service_settings import StartupError
+from scheduler_service.router import RoutingPolicy
 from scheduler_service.scheduler import SchedulerPolicy
 from scheduler_service.settings import SchedulerSettings
 
@@ -85,3 +86,26 @@ def test_connections_live_for_ever_unless_an_age_is_set():
 )
 def test_the_wait_in_the_queue_is_bounded_when_asked_for(arguments, bound):
     assert SchedulerSettings.from_arguments(arguments).admission().max_queue_wait_s == bound
+
+
+def test_several_executors_are_named_with_commas():
+    settings = SchedulerSettings.from_arguments(["--executor", "unix:/a, 10.0.0.5:50052"])
+    assert settings.executor_addresses == ["unix:/a", "10.0.0.5:50052"]
+
+
+def test_executors_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("NANOVLLM_SCHEDULER_EXECUTOR", "unix:/a,unix:/b")
+    assert SchedulerSettings.from_arguments([]).executor_addresses == ["unix:/a", "unix:/b"]
+
+
+@pytest.mark.parametrize(
+    ("addresses", "problem"),
+    [("unix:/a,unix:/a", "named twice"), ("unix:/a,", "is no address"), ("a,b", "is no address")],
+)
+def test_executors_that_cannot_be_told_apart_or_reached_are_refused(addresses: str, problem: str):
+    with pytest.raises(StartupError, match=f"--executor: .*{problem}"):
+        SchedulerSettings.from_arguments(["--executor", addresses])
+
+
+def test_the_default_routing_is_the_router_s_own():
+    assert SchedulerSettings.from_arguments([]).routing() == RoutingPolicy()

@@ -7,7 +7,9 @@ from prometheus_client import generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from scheduler_service.scheduler import ExecutorCapacity, Scheduler, SchedulerPolicy
+from scheduler_service.executors.fleet import Fleet
+from scheduler_service.executors.load import FleetLoad
+from scheduler_service.scheduler import ExecutorCapacity, SchedulerPolicy
 from scheduler_service.sequence import FinishReason
 from scheduler_service.telemetry.metrics import SchedulerMetrics
 from scheduler_service.telemetry.metrics.vllm import export_vllm_names, one_two_five
@@ -38,8 +40,9 @@ QUERIED = {
 @pytest.fixture
 def metrics() -> SchedulerMetrics:
     """Of a scheduler with an executor."""
-    scheduler = Scheduler(SchedulerPolicy())
-    metrics = SchedulerMetrics(scheduler, "tiny")
+    fleet = Fleet(SchedulerPolicy())
+    scheduler = fleet.join("unix:/executor").scheduler
+    metrics = SchedulerMetrics(FleetLoad(fleet), "tiny")
     export_vllm_names(metrics, 2048)
     scheduler.attach(ExecutorCapacity(64, 16, 8, 60, 128))
     return metrics
@@ -75,7 +78,7 @@ def test_types_are_those_of_vllm(metrics: SchedulerMetrics):
 def test_counts_are_our_own(metrics: SchedulerMetrics):
     metrics.prompt_tokens.inc(7)
     metrics.generation_tokens.inc(5)
-    metrics.scheduler.stats.num_preemptions = 3
+    metrics.load.members[0].scheduler.stats.num_preemptions = 3
     metrics.count_finished(FinishReason.LENGTH)
     read = metrics.registry.get_sample_value
     assert read("vllm:prompt_tokens_total", LABELS) == 7
@@ -134,5 +137,5 @@ def test_gateways_find_the_size_of_the_cache_in_its_labels(metrics: SchedulerMet
 
 
 def test_without_the_option_nothing_has_a_name_of_vllm():
-    metrics = SchedulerMetrics(Scheduler(SchedulerPolicy()), "tiny")
+    metrics = SchedulerMetrics(FleetLoad(Fleet(SchedulerPolicy())), "tiny")
     assert families(metrics) == {}

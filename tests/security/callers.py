@@ -1,10 +1,12 @@
 """A scheduler in this process that knows two token owners and an administrator."""
 
+import asyncio
 from pathlib import Path
 
 from nanovllm.v1 import inference_pb2 as pb
 from scheduler_service.access.security import Security
 from scheduler_service.settings import SchedulerSettings
+from tests.scheduler_service.serving import Service, read_all
 
 ALICE, BOB = "a" * 32, "b" * 32
 
@@ -32,3 +34,12 @@ def request(
         cache_salt=cache_salt,
         sampling_params=pb.SamplingParams(max_tokens=max_tokens, ignore_eos=True),
     )
+
+
+def start(
+    service: Service, token: str, request_id: str = "", *, max_tokens: int = 3
+) -> "asyncio.Task[list[pb.GenerateResponse]]":
+    """A request under way, which reads all of its responses."""
+    message = request(request_id, max_tokens=max_tokens)
+    call = service.stub.Generate(message, metadata=bearer(token))
+    return asyncio.create_task(read_all(call))

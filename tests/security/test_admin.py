@@ -2,13 +2,13 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import grpc
 import pytest
-from grpc_health.v1 import health, health_pb2
+from grpc_health.v1 import health_pb2
 
 from nanovllm.admin import AdminClient, LiveRequest, LogLevel, SchedulerState, SequenceState
 from nanovllm.cli import main as nanovllm_command
@@ -20,45 +20,13 @@ from scheduler_service.access.security import Security
 from scheduler_service.admin import AdminServicer
 from scheduler_service.serving_state import ServingState
 from scheduler_service.settings import SchedulerSettings
-from scheduler_service.text.tokenizer import Tokenizer
 from tests.scheduler_service.serving import (
     Service,
     failure,
-    read_all,
     retry_after_s,
-    served,
     until,
 )
-from tests.security.callers import ALICE, BOB, bearer, request, with_tokens
-
-Scenario = Callable[[Service, AdminClient, ServingState], Awaitable[None]]
-
-
-@pytest.fixture
-def administer(tokenizer: Tokenizer, tmp_path: Path) -> Callable[..., None]:
-    """Runs a scenario with an administrator of a service that has two tenants."""
-
-    def run(scenario: Scenario, **options: bool) -> None:
-        async def main() -> None:
-            address = f"unix:{tmp_path}/scheduler.sock"
-            security = with_tokens(tmp_path)
-            async with served(tokenizer, address, security=security, **options) as service:
-                health_servicer = health.aio.HealthServicer()
-                serving = ServingState(service.harness.engine, health_servicer, ("",))
-                await serving.set_connected(True)
-                server = grpc.aio.server()
-                admin_pb2_grpc.add_AdminServiceServicer_to_server(
-                    AdminServicer(service.harness.engine, serving), server
-                )
-                server.add_insecure_port(f"unix:{tmp_path}/admin.sock")
-                await server.start()
-                with AdminClient(f"unix:{tmp_path}/admin.sock", timeout_s=20) as client:
-                    await scenario(service, client, serving)
-                await server.stop(None)
-
-        asyncio.run(main())
-
-    return run
+from tests.security.callers import ALICE, BOB, bearer, request, start
 
 
 @pytest.fixture
@@ -67,11 +35,6 @@ def root_level() -> Iterator[None]:
     level = logging.getLogger().level
     yield
     logging.getLogger().setLevel(level)
-
-
-def start(service: Service, token: str, request_id: str) -> "asyncio.Task[list]":
-    call = service.stub.Generate(request(request_id), metadata=bearer(token))
-    return asyncio.create_task(read_all(call))
 
 
 def test_live_requests_are_listed_with_their_callers(administer):
@@ -219,7 +182,7 @@ def test_tokens_of_callers_are_none_of_an_administrator(tmp_path: Path):
     async def main() -> None:
         server = grpc.aio.server(interceptors=security.admin_interceptors)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(
-            AdminServicer(engine, SimpleNamespace(is_draining=True)), server
+            AdminServicer(engine, SimpleNamespace(is_draining=True), SchedulerSettings()), server
         )
         address = f"unix:{tmp_path}/admin.sock"
         server.add_insecure_port(address)

@@ -3,7 +3,8 @@
 import asyncio
 import logging
 import re
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,44 @@ def test_the_executor_keeps_its_failures_to_itself_too(
         server.stop(None).wait()
     (record,) = [item for item in caplog.records if item.name.endswith("error_guard")]
     assert record.fields["reference"] in details
+
+
+@pytest.mark.parametrize("kind", ["stream_unary", "stream_stream"])
+def test_a_call_that_its_peer_cancels_is_no_failure_of_the_executor(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    reading, ended = threading.Event(), []
+
+    def read(requests: Any, context: grpc.ServicerContext) -> Any:
+        reading.set()
+        try:
+            next(requests)
+        except grpc.RpcError:
+            ended.append(context.is_active())
+            raise
+
+    handlers = {"Read": method(read, kind)}
+    with ThreadPoolExecutor(2) as threads:
+        server = grpc.server(threads, interceptors=(ExecutorErrorGuard(),))
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("t.T", handlers),))
+        server.add_insecure_port(f"unix:{tmp_path}/s")
+        server.start()
+        silence = threading.Event()
+        with grpc.insecure_channel(f"unix:{tmp_path}/s") as channel:
+            call = channel.stream_stream("/t.T/Read")(_silent(silence), timeout=20)
+            assert reading.wait(20)
+            call.cancel()
+        silence.set()
+        server.stop(None).wait()
+    # The threads have ended, so whatever they log is there.
+    assert ended == [False]
+    assert not [item for item in caplog.records if item.name.endswith("error_guard")]
+
+
+def _silent(until: threading.Event) -> Iterator[bytes]:
+    """Requests of a peer that sends none."""
+    until.wait(20)
+    yield from ()
 
 
 def test_a_refusal_fits_calls_of_every_kind(tmp_path: Path):

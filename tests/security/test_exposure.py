@@ -56,6 +56,7 @@ def tls(identity: Identity) -> tuple[str, ...]:
     [
         (("--listen", "0.0.0.0:50051"), "--tls-cert and --tls-key"),
         (("--executor", "10.0.0.5:50052"), "--executor-tls-ca"),
+        (("--executor", "127.0.0.1:50052,10.0.0.5:50052"), "--executor-tls-ca"),
         (("--admin-listen", "[::]:50050"), "--admin-tokens-file"),
     ],
 )

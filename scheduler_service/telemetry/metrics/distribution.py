@@ -1,7 +1,7 @@
 """Histograms that take many equal observations at once and can be exported more than once."""
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 
 from prometheus_client.metrics_core import HistogramMetricFamily, Metric
@@ -72,12 +72,29 @@ class HistogramView(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """The metric in exposition form."""
-        counts = self._distribution.cumulative(self._bounds)
-        bounds = [*map(floatToGoString, self._bounds), "+Inf"]
-        family = HistogramMetricFamily(self._name, self._documentation, labels=list(self._labels))
-        family.add_metric(
-            list(self._labels.values()),
-            list(zip(bounds, counts, strict=True)),
-            self._distribution.sum,
+        yield histogram_family(
+            self._name,
+            self._documentation,
+            list(self._labels),
+            self._bounds,
+            [(list(self._labels.values()), self._distribution)],
         )
-        yield family
+
+
+def histogram_family(
+    name: str,
+    documentation: str,
+    labels: Sequence[str],
+    bounds: Sequence[float],
+    distributions: Iterable[tuple[Sequence[str], Distribution]],
+) -> HistogramMetricFamily:
+    """Distributions by the values of the labels in exposition form, counted at `bounds`.
+
+    Raises ValueError if a bound was never added to one of them.
+    """
+    family = HistogramMetricFamily(name, documentation, labels=labels)
+    bound_labels = [*map(floatToGoString, bounds), "+Inf"]
+    for values, distribution in distributions:
+        counts = distribution.cumulative(bounds)
+        family.add_metric(values, list(zip(bound_labels, counts, strict=True)), distribution.sum)
+    return family

@@ -1,20 +1,19 @@
 """The metrics of one scheduler process; meanings as in vLLM so that dashboards carry over."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
-from prometheus_client import Counter, Gauge
+from prometheus_client import Counter
+from prometheus_client.metrics_core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
 from nanovllm.service_metrics import new_registry
 from scheduler_service.errors import RequestError
-from scheduler_service.link.session_end import SessionEnd
-from scheduler_service.scheduler import Scheduler
+from scheduler_service.executors.load import FleetLoad
 from scheduler_service.sequence import FinishReason
 from scheduler_service.telemetry.metrics import buckets
 from scheduler_service.telemetry.metrics.distribution import Distribution, HistogramView
-from scheduler_service.telemetry.metrics.state import CacheConfig, KvBlocks, ReadCounter
-
-PREFIX = "nanovllm_"
+from scheduler_service.telemetry.metrics.executor_metrics import PREFIX, PerExecutorMetrics
+from scheduler_service.telemetry.metrics.state import ReadFamily
 
 
 class SchedulerMetrics:
@@ -24,19 +23,23 @@ class SchedulerMetrics:
     often goes into the library's own classes; what the scheduler counts anyway is read from it.
     """
 
-    def __init__(self, scheduler: Scheduler, model_name: str) -> None:
+    def __init__(self, load: FleetLoad, model_name: str) -> None:
         self.registry = new_registry(model_name)
-        self.scheduler = scheduler
+        self.load = load
         self.model_name = model_name
         #: Histograms by name, for those who show them under other names.
         self.distributions: dict[str, Distribution] = {}
-        #: Gauges and counters likewise, names without `_total`.
+        #: Gauges and counters likewise, names without `_total`, sums over the executors.
         self.counts: dict[str, Collector] = {}
         self._define_request_times()
         self._define_request_sizes()
         self._define_counters()
-        self._define_executor()
-        self._define_state(scheduler)
+        self.event_loop_lag = self._histogram(
+            "event_loop_lag_seconds",
+            "Delay of the event loop, sampled a few times a second: what everything waits for.",
+        )
+        self.executors = PerExecutorMetrics(self.registry, load, model_name)
+        self.counts.update(self.executors.sums)
 
     def _define_request_times(self) -> None:
         self.time_to_first_token = self._histogram(
@@ -110,76 +113,15 @@ class SchedulerMetrics:
             "reason",
             sorted(_error_labels(RequestError)),
         )
-
-    def _define_executor(self) -> None:
-        self.plans = self._counter("plans", "Plans handed to the executor's stream.")
-        self.executor_round_trip = self._histogram(
-            "executor_round_trip_seconds",
-            "From handing a plan to the stream to the first result that acknowledges it: the "
-            "stream both ways and the wait for the iteration in flight.",
-        )
-        self.executor_restarts = self._counter(
-            "executor_restarts", "Sessions with an executor after the first."
-        )
-        self.sessions_ended = self._counters_by(
-            "executor_sessions_ended",
-            "Sessions that ended, by reason; refused: the executor was there, but opened none.",
-            "reason",
-            [reason.value for reason in SessionEnd],
-        )
-        self.event_loop_lag = self._histogram(
-            "event_loop_lag_seconds",
-            "Delay of the event loop, sampled a few times a second: what everything waits for.",
-        )
-
-    def _define_state(self, scheduler: Scheduler) -> None:
-        stats = scheduler.stats
-        self._gauge(
-            "num_requests_running", "Sequences with KV blocks.", lambda: scheduler.num_running
-        )
-        self._gauge("num_requests_waiting", "Sequences that wait.", lambda: scheduler.num_waiting)
-        self._gauge(
-            "num_queued_tokens",
-            "Prompt tokens of the sequences that wait.",
-            lambda: scheduler.num_waiting_prompt_tokens,
-        )
-        self._gauge(
-            "kv_cache_usage_ratio",
-            "Share of the KV blocks that sequences own.",
-            lambda: scheduler.kv_usage_ratio,
-        )
-        self._gauge(
-            "executor_connected",
-            "1 while a session with an executor is open, else 0.",
-            lambda: scheduler.capacity is not None,
-        )
-        self._read_counter(
-            "num_preemptions",
-            "Sequences that lost their blocks to others.",
-            lambda: stats.num_preemptions,
-        )
-        self._read_counter(
-            "prefix_cache_queries",
-            "Prompt tokens looked up in the prefix cache.",
-            lambda: stats.prefix_queried_tokens,
-        )
-        self._read_counter(
-            "prefix_cache_hits",
-            "Prompt tokens found in the prefix cache.",
-            lambda: stats.prefix_hit_tokens,
-        )
-        self._read_counter(
-            "recomputed_tokens",
-            "Tokens computed again after a preemption or the loss of an executor.",
-            lambda: stats.recomputed_tokens,
-        )
-        self.registry.register(KvBlocks(scheduler, self.model_name))
         self.registry.register(
-            CacheConfig(
-                scheduler,
-                "nanovllm_cache_config_info",
-                "KV cache and limits of the connected executor as labels; the value is 1.",
-                {"model_name": self.model_name},
+            ReadFamily(
+                CounterMetricFamily,
+                f"{PREFIX}requests_moved",
+                "Sequences taken from an executor, by reason: it was lost, drained or removed, or "
+                "they waited there and another one had less to do.",
+                self.model_name,
+                ["reason"],
+                lambda: [((why.value,), count) for why, count in self.load.num_moved.items()],
             )
         )
 
@@ -190,10 +132,6 @@ class SchedulerMetrics:
     def count_rejection(self, reason: str) -> None:
         """Counts a refused request."""
         self.rejections.labels(self.model_name, reason).inc()
-
-    def count_session_end(self, reason: SessionEnd) -> None:
-        """Counts an ended session with an executor."""
-        self.sessions_ended.labels(self.model_name, reason.value).inc()
 
     def _histogram(
         self, name: str, documentation: str, bounds: Sequence[float] = buckets.LATENCY_S
@@ -219,16 +157,6 @@ class SchedulerMetrics:
             counter.labels(self.model_name, value)
         self.counts[name] = counter
         return counter
-
-    def _read_counter(self, name: str, documentation: str, read: Callable[[], float]) -> None:
-        counter = ReadCounter(f"{PREFIX}{name}", documentation, self.model_name, read)
-        self.registry.register(counter)
-        self.counts[name] = counter
-
-    def _gauge(self, name: str, documentation: str, read: Callable[[], float]) -> None:
-        gauge = Gauge(f"{PREFIX}{name}", documentation, ["model_name"], registry=self.registry)
-        gauge.labels(self.model_name).set_function(read)
-        self.counts[name] = gauge
 
 
 def _error_labels(error: type[RequestError]) -> set[str]:

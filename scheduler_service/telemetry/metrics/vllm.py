@@ -1,16 +1,18 @@
 """The scheduler's metrics under vLLM's names, labels and buckets (`--metrics-compat vllm`).
 
-They show the same counts and distributions as our own metrics; nothing is recorded twice. Names and
-buckets are those of PrometheusStatLogger in vLLM's vllm/v1/metrics/loggers.py, version 0.11.
+They show the same counts and distributions as our own metrics; nothing is recorded twice. Where
+those are per executor, these are their sums. Names and buckets are those of PrometheusStatLogger in
+vLLM's vllm/v1/metrics/loggers.py, version 0.11.
 """
 
 from nanovllm.service_metrics import Relabelled
 from scheduler_service.telemetry.metrics.distribution import HistogramView
-from scheduler_service.telemetry.metrics.scheduler_metrics import PREFIX, SchedulerMetrics
+from scheduler_service.telemetry.metrics.executor_metrics import PREFIX
+from scheduler_service.telemetry.metrics.scheduler_metrics import SchedulerMetrics
 from scheduler_service.telemetry.metrics.state import CacheConfig
 
 VLLM_PREFIX = "vllm:"
-# vLLM numbers the engines of one server; this server has one.
+# vLLM numbers the engines of one server; this server has one, whatever its executors.
 _ENGINE = "0"
 
 #: Our name and vLLM's, both without prefix.
@@ -95,7 +97,7 @@ def export_vllm_names(metrics: SchedulerMetrics, max_model_len: int) -> None:
         )
     metrics.registry.register(
         CacheConfig(
-            metrics.scheduler,
+            metrics.load,
             f"{VLLM_PREFIX}cache_config_info",
             _same_as("cache_config_info"),
             labels,

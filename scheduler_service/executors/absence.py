@@ -7,7 +7,7 @@ from scheduler_service.errors import NoExecutorError
 
 
 class ExecutorAbsence:
-    """A clock that runs while no executor is there; `on_too_long` is called when time is up."""
+    """A clock that runs while an executor is away; `on_too_long` is called when time is up."""
 
     # What a client should wait before it asks again; executors restart in seconds.
     _RETRY_AFTER_S = 1.0
@@ -17,7 +17,7 @@ class ExecutorAbsence:
         self._on_too_long = on_too_long
         self._timer: asyncio.TimerHandle | None = None
         self.is_too_long = False
-        #: Why no executor is there.
+        #: Why the executor is not there.
         self.problem = "no executor has connected yet"
 
     def begin(self) -> None:
@@ -26,14 +26,15 @@ class ExecutorAbsence:
         self._timer = asyncio.get_running_loop().call_later(self._limit_s, self._expire)
 
     def end(self) -> None:
-        """An executor is there."""
+        """The executor is there, or is not waited for any more."""
         self._stop()
         self.is_too_long = False
 
-    def error(self) -> NoExecutorError:
+    def error(self, *problems_of_others: str) -> NoExecutorError:
         """What requests are told when the time is up."""
+        problems = "; ".join(dict.fromkeys((self.problem, *problems_of_others)))
         return NoExecutorError(
-            f"no executor for {self._limit_s:g} s: {self.problem}", self._RETRY_AFTER_S
+            f"no executor for {self._limit_s:g} s: {problems}", self._RETRY_AFTER_S
         )
 
     def _expire(self) -> None:

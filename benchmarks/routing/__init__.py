@@ -1,0 +1,1 @@
+"""Strategies that choose among several executors, compared on a virtual clock."""
