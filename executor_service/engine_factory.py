@@ -124,12 +124,12 @@ def _create_engine(directory: Path, settings: ExecutorSettings) -> Engine:
     weight_bytes = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     graph_bytes = 0
     if device.type == "cuda":
-        peak_bytes = _warm_up(
+        activation_bytes = _warm_up(
             model, attention, config, max_num_batched_tokens, block_size, dtype, device
         )
         if not settings.enforce_eager:
-            # The prefill graphs have memory of their own, as much as the warm-up took.
-            graph_bytes = peak_bytes - weight_bytes + _DECODE_GRAPH_BYTES
+            # The prefill graphs have memory of their own, as much as the warm-up's activations.
+            graph_bytes = activation_bytes + _DECODE_GRAPH_BYTES
     num_blocks = settings.num_kv_blocks or _fit_blocks(
         config, block_size, dtype, device, settings, max_model_len, graph_bytes
     )
@@ -221,13 +221,14 @@ def _warm_up(
 ) -> int:
     """Runs the largest prefill once: compiles kernels, and leaves its peak memory in the allocator.
 
-    What is free afterwards can go to graphs and the KV cache. Returns the peak in bytes, weights
-    included.
+    What is free afterwards can go to graphs and the KV cache. Returns the bytes that activations of
+    `num_tokens` take at their peak.
     """
-    torch.cuda.reset_peak_memory_stats(device)
     chunk = min(num_tokens, config.max_position_embeddings)
     num_blocks = -(-chunk // block_size)
     cache = KVCache(config, num_blocks, block_size, dtype, device)
+    torch.cuda.reset_peak_memory_stats(device)
+    held_bytes = torch.cuda.memory_allocated(device)
     positions = torch.arange(chunk, device=device)
     batch = ForwardBatch(
         token_ids=torch.zeros_like(positions),
@@ -242,7 +243,8 @@ def _warm_up(
     )
     model.logits(model(batch, cache, attention)[batch.logits_rows])
     torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device)
+    # Sequences may be shorter than what one iteration takes.
+    return (torch.cuda.max_memory_allocated(device) - held_bytes) * num_tokens // chunk
 
 
 def _load_with_progress(

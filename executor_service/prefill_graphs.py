@@ -6,7 +6,9 @@ fills the cache for up to MAX_CHUNKS chunks of any lengths.
 
 Nothing is sampled here. The last token of a chunk that completes its sequence is left to the decode
 graph, in which the slot is a row like any other from then on. Where that token fills a block, it is
-computed here as well: another chunk of the same plan may build on the block.
+computed here as well: another chunk of the same plan may build on the block. The decode graph
+computes it again; which of the two, equal up to rounding, another row of that replay reads is not
+fixed.
 """
 
 from collections.abc import Sequence

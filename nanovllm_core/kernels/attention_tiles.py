@@ -31,7 +31,11 @@ def cache_slots(
     covers whole pages.
     """
     if PAGE >= BLOCK_KV:
-        block = tl.load(table_ptr + start // PAGE).to(tl.int64)
+        if MASKED:
+            # An empty tile may start behind the end of the table's row.
+            block = tl.load(table_ptr + start // PAGE, mask=start < end, other=0).to(tl.int64)
+        else:
+            block = tl.load(table_ptr + start // PAGE).to(tl.int64)
         return block * PAGE + positions % PAGE
     else:
         if MASKED:

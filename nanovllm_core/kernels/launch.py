@@ -5,8 +5,8 @@ was captured with. `*_CANDIDATES` are what `python -m benchmarks.kernels --sweep
 hold what is used.
 
 On an H100 with torch 2.11 and Triton 3.6, entries for up to 64 rows won in whole decode steps
-(`benchmarks.tune_decode` and tries like it), those of decode attention above in batches of lengths
-as bench256 has them. The others were derived by counting:
+of Qwen3-0.6B (`benchmarks.tune_decode` and tries like it; K is 1024 to 3072 there), those of decode
+attention above in batches of lengths as bench256 has them. The others were derived by counting:
 
 - A 132-multiprocessor H100 needs about 16 KiB of loads in flight on each (3 TB/s times 600 ns of
   latency, by Little's law), better twice that; a block of a FMA kernel issues all its weight loads
@@ -16,10 +16,12 @@ as bench256 has them. The others were derived by counting:
   as a thread's share of x (K / 32 / num_warps floats per row) fits its registers.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
+import torch
 import triton
 
 from nanovllm_core.kernels.checks import KernelInputError
@@ -31,7 +33,8 @@ MAX_GEMV_ROWS = 8
 # Largest number of rows of the kernels that hold whole weight rows for the tensor cores.
 MAX_RESIDENT_ROWS = 16
 
-# Shared memory that a block of them may use for its operands; sm_90 has 227 KiB.
+# Shared memory that a block of them may use for its operands where there is that much: sm_90 has
+# 227 KiB, others have 163 or 99.
 _MAX_RESIDENT_BYTES = 200 * 1024
 
 # Least depth of a product on tensor cores with operands of 16 bits.
@@ -86,6 +89,8 @@ class ResidentConfig:
 
     groups: int
     num_warps: int
+    # Largest K for which a thread's share of the weights fits its registers.
+    max_k: int = 1 << 31
 
     #: Weight rows of a block: the height of a tensor core's tile.
     BLOCK_N: ClassVar[int] = 16
@@ -100,7 +105,8 @@ class ResidentConfig:
         return (
             rows <= MAX_RESIDENT_ROWS
             and itemsize == 2
-            and num_bytes <= _MAX_RESIDENT_BYTES
+            and k_padded <= self.max_k
+            and num_bytes <= _max_resident_bytes()
             and k_padded >= _MIN_DOT_K * self.groups
         )
 
@@ -142,6 +148,17 @@ class TileConfig:
 
     def options(self, dependent: bool) -> dict[str, object]:
         return launch_options(self.num_warps, self.num_stages, dependent)
+
+
+@functools.cache
+def _max_resident_bytes() -> int:
+    """Shared memory that a block may use for its operands on this machine's GPU."""
+    if not torch.cuda.is_available():
+        return _MAX_RESIDENT_BYTES
+    properties = torch.cuda.get_device_properties(torch.device("cuda"))
+    # Not every build of PyTorch says.
+    limit: int = getattr(properties, "shared_memory_per_block_optin", _MAX_RESIDENT_BYTES)
+    return min(_MAX_RESIDENT_BYTES, limit)
 
 
 def _padded_rows(rows: int) -> int:
@@ -236,7 +253,8 @@ def choose(table: Sequence[tuple[int, _Config]], rows: int, k_size: int, itemsiz
 # (rows up to, configuration)
 RMS_NORM_LINEAR: Table = (
     (1, GemvConfig(block_n=4, num_warps=1)),
-    (MAX_RESIDENT_ROWS, ResidentConfig(groups=8, num_warps=4)),
+    (MAX_RESIDENT_ROWS, ResidentConfig(groups=8, num_warps=4, max_k=2048)),
+    (MAX_RESIDENT_ROWS, ResidentConfig(groups=16, num_warps=16)),
     (16, TileConfig(block_m=16, block_n=32, block_k=128, num_warps=4, num_stages=4)),
     (32, TileConfig(block_m=32, block_n=32, block_k=128, num_warps=4, num_stages=4)),
     (64, TileConfig(block_m=64, block_n=32, block_k=128, num_warps=4, num_stages=6)),
@@ -247,7 +265,8 @@ RMS_NORM_LINEAR: Table = (
 # block_n counts output columns; each needs a gate row and an up row of the weight.
 SILU_MUL_LINEAR: Table = (
     (1, GemvConfig(block_n=8, num_warps=8)),
-    (MAX_RESIDENT_ROWS, ResidentConfig(groups=8, num_warps=4)),
+    (MAX_RESIDENT_ROWS, ResidentConfig(groups=8, num_warps=4, max_k=2048)),
+    (MAX_RESIDENT_ROWS, ResidentConfig(groups=16, num_warps=16)),
     (16, TileConfig(block_m=16, block_n=32, block_k=128, num_warps=4, num_stages=3)),
     (32, TileConfig(block_m=32, block_n=32, block_k=128, num_warps=4, num_stages=3)),
     (64, TileConfig(block_m=64, block_n=32, block_k=128, num_warps=8, num_stages=4)),

@@ -15,6 +15,8 @@ for the projection's output. Qwen3-0.6B (I = 3072, K = 1024) at one row: 12.6 MB
 # Triton writes compile-time parameters in capitals.
 # ruff: noqa: N803
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -29,7 +31,7 @@ from nanovllm_core.kernels.device import (
     start_dependents,
     wait_for_previous,
 )
-from nanovllm_core.kernels.launch import GemvConfig, LinearConfig, ResidentConfig
+from nanovllm_core.kernels.launch import GemvConfig, LinearConfig, ResidentConfig, TileConfig
 from nanovllm_core.kernels.linear_tiles import (
     inverse_rms,
     load_activation_groups,
@@ -210,6 +212,9 @@ def silu_mul_linear(
         return out
     if config is None:
         config = launch.choose(launch.SILU_MUL_LINEAR, rows, k_size, x.element_size())
+        if isinstance(config, TileConfig) and x.element_size() == 4:
+            # Twice the bytes of the types that the table is for.
+            config = replace(config, num_stages=min(config.num_stages, 3))
     if isinstance(config, GemvConfig):
         k_padded = triton.next_power_of_2(k_size)
         # Two weight tiles per block share the registers.

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from nanovllm_core.kernels import launch
 from nanovllm_core.kernels.checks import KernelInputError
 from nanovllm_core.kernels.launch import (
     RMS_NORM_LINEAR,
@@ -163,6 +164,17 @@ def test_weights_are_only_held_where_they_fit_and_tensor_cores_take_them():
     assert isinstance(choose(RMS_NORM_LINEAR, 16, 8192, 2), TileConfig)
     assert isinstance(choose(RMS_NORM_LINEAR, 8, 64, 2), TileConfig)
     assert isinstance(choose(RMS_NORM_LINEAR, 17, 1024, 2), TileConfig)
+
+
+def test_a_gpu_with_little_shared_memory_takes_tiles(monkeypatch):
+    monkeypatch.setattr(launch, "_max_resident_bytes", lambda: 99 * 1024)
+    assert isinstance(choose(RMS_NORM_LINEAR, 8, 1024, 2), ResidentConfig)
+    assert isinstance(choose(RMS_NORM_LINEAR, 16, 2048, 2), TileConfig)
+
+
+def test_long_weight_rows_are_spread_over_more_warps():
+    assert choose(RMS_NORM_LINEAR, 8, 2048, 2).num_warps == 4
+    assert choose(RMS_NORM_LINEAR, 8, 4096, 2).num_warps == 16
 
 
 def test_more_rows_than_a_block_can_hold_beside_its_weights_are_refused(device):
