@@ -283,8 +283,8 @@ class Engine:
 
     # What the pool tells
 
-    def on_connected(self, unsettled: Iterable[Sequence]) -> None:
-        """A session is open; see `PoolListener`."""
+    def on_limits_changed(self, unsettled: Iterable[Sequence]) -> None:
+        """Other executors take sequences; see `PoolListener`."""
         for seq in unsettled:
             # The limit was made for another executor, or before there was any.
             request, _ = self._owners[seq.seq_id]

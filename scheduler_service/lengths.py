@@ -7,7 +7,7 @@ from scheduler_service.sequence import Sequence
 
 
 class SequenceLengths:
-    """Follows the executors that are connected at the moment; without any only the model counts.
+    """Follows the executors that take sequences at the moment; without any only the model counts.
 
     What the largest of them can hold is what requests may have.
     """
@@ -19,14 +19,14 @@ class SequenceLengths:
     @property
     def max_model_len(self) -> int:
         """Longest sequence: the model's own limit, or the largest executor's if that is less."""
-        lengths = [capacity.max_model_len for capacity in self._load.capacities]
+        lengths = [capacity.max_model_len for capacity in self._load.open_capacities]
         return min(self._model.max_model_len, max(lengths, default=self._model.max_model_len))
 
     def max_total_tokens(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
         """Longest length of a sequence, prompt and output."""
         if max_tokens is not None:
             return min(num_prompt_tokens + max_tokens, self.max_model_len)
-        capacities = self._load.capacities
+        capacities = self._load.open_capacities
         if not capacities:
             return self.max_model_len
         # Without a limit of its own, a request is content with what a cache can hold.
@@ -63,7 +63,7 @@ class SequenceLengths:
     @property
     def _max_kv_tokens(self) -> int:
         """What the largest KV cache holds; 0 without any."""
-        return max((capacity.max_kv_tokens for capacity in self._load.capacities), default=0)
+        return max((capacity.max_kv_tokens for capacity in self._load.open_capacities), default=0)
 
     def _too_large(self, num_needed: int) -> NeverFitsError:
         return NeverFitsError(

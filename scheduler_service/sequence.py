@@ -149,8 +149,6 @@ class Sequence:
 
         # Whose queue or batch it is in; None: no executor was chosen yet.
         self.executor: ExecutorIndex | None = None
-        # Leading tokens whose KV was expected there when it was chosen. Fixed while it waits.
-        self.num_expected_cached_tokens = 0
         # Leading tokens that should be cached when it is admitted there. Fixed while it waits.
         self.num_expected_cached_tokens = 0
         # Place on the executor; meaningless while waiting.

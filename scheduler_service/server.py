@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from nanovllm.logs import fields
@@ -25,6 +25,7 @@ from scheduler_service.admin import AdminServicer
 from scheduler_service.drain import drain
 from scheduler_service.engine import Engine, EngineLimits
 from scheduler_service.executors.pool import ExecutorPool
+from scheduler_service.health import HealthServicer
 from scheduler_service.intake import Intake
 from scheduler_service.link.executor_link import LinkSettings
 from scheduler_service.link.executor_links import ExecutorLinks
@@ -71,7 +72,7 @@ async def serve(settings: SchedulerSettings) -> None:
             max_executor_losses=settings.max_executor_losses,
         ),
     )
-    health_servicer = health.aio.HealthServicer()
+    health_servicer = HealthServicer()
 
     serving = ServingState(engine, health_servicer, ("", _SERVICE))
     await serving.set_connected(False)

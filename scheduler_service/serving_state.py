@@ -45,6 +45,7 @@ class ServingState:
 
     async def _tell(self) -> None:
         response = health_pb2.HealthCheckResponse
-        status = response.SERVING if self.is_serving else response.NOT_SERVING
         for service in self._services:
+            # As it is now: another change may have come while the service before was told.
+            status = response.SERVING if self.is_serving else response.NOT_SERVING
             await self._health.set(service, status)

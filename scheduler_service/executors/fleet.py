@@ -215,7 +215,8 @@ class Fleet:
     def _add(
         self, seq: Sequence, target: Member | None, num_expected_cached_tokens: int = 0
     ) -> None:
-        seq.num_expected_cached_tokens = num_expected_cached_tokens
+        # Of a resumed request, one completion may be shorter than the prefix of another.
+        seq.num_expected_cached_tokens = min(num_expected_cached_tokens, seq.num_tokens)
         if target is not None and target.index != seq.executor:
             target.num_routed += 1
         seq.executor = None if target is None else target.index

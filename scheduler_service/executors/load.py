@@ -58,6 +58,13 @@ class FleetLoad:
         return [capacity for capacity in found if capacity is not None]
 
     @property
+    def open_capacities(self) -> list[ExecutorCapacity]:
+        """What each executor that takes sequences can hold; of all connected ones if none does."""
+        members = self._fleet.takers() or self._fleet.members
+        found = [member.scheduler.capacity for member in members]
+        return [capacity for capacity in found if capacity is not None]
+
+    @property
     def blocks(self) -> list[BlockManager]:
         """The block accounting of each connected executor."""
         found = [member.scheduler.blocks for member in self._fleet.members]

@@ -43,8 +43,8 @@ class LastExecutorError(ExecutorChangeError):
 class PoolListener(Protocol):
     """The owner of the requests, who is told before sequences are moved."""
 
-    def on_connected(self, unsettled: Sequence[LiveSequence]) -> None:
-        """A session is open. `unsettled` wait for a place; their limits may have changed."""
+    def on_limits_changed(self, unsettled: Sequence[LiveSequence]) -> None:
+        """Other executors than before take sequences; `unsettled` wait for a place with them."""
 
     def on_displaced(self, seqs: Sequence[LiveSequence], *, is_loss: bool) -> None:
         """Sequences lost their slots and wait again; a loss is nobody's wish."""
@@ -126,9 +126,14 @@ class ExecutorPool:
         """
         connection = self._connection(address)
         others = [each for each in self._connections.values() if each is not connection]
-        if all(each.member.is_draining for each in others):
+        staying = [each for each in others if not each.member.is_draining]
+        if connection.member.is_connected:
+            # What runs here would fail at once if those who stay are given up; see `refusal`.
+            staying = [each for each in staying if not each.absence.is_too_long]
+        if not staying:
             raise LastExecutorError(
-                f"executor {address} is the only one that is not drained; add another one first"
+                f"without executor {address} nobody would take sequences; add another one first, "
+                "or undrain one, and wait until it is connected"
             )
         connection.close()
         displaced = self.fleet.on_lost(connection.member)
@@ -137,6 +142,7 @@ class ExecutorPool:
         del self._connections[address]
         if self.links is not None:
             self.links.stop(connection)
+        self._told.on_limits_changed(self.fleet.lobby.waiting())
         self._settle()
 
     def connections(self) -> list[Connection]:
@@ -184,7 +190,7 @@ class ExecutorPool:
         member = connection.member
         member.scheduler.attach(capacity)
         unsettled = [*self.fleet.lobby.waiting(), *member.scheduler.waiting()]
-        self._told.on_connected(unsettled)
+        self._told.on_limits_changed(unsettled)
         self._settle(member)
         self.fleet.fill(member)
         self._plan_all()
@@ -201,8 +207,10 @@ class ExecutorPool:
 
     def on_absent_for_too_long(self, connection: Connection) -> None:
         """Ends what waits for this executor, and for any at all if it was the last to hope for."""
-        self._told.on_stranded(connection.member.scheduler.waiting(), connection.absence.error())
+        scheduler = connection.member.scheduler
+        self._told.on_limits_changed(scheduler.waiting())
         self._settle()
+        self._told.on_stranded(scheduler.waiting(), connection.absence.error())
 
     @property
     def _told(self) -> PoolListener:

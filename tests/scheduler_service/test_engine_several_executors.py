@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from nanovllm.v1 import inference_pb2
 from scheduler_service.errors import ExecutorFailedError, NeverFitsError, NoExecutorError
 from scheduler_service.executors.pool import (
     ExecutorKnownError,
@@ -18,6 +19,7 @@ from scheduler_service.text.tokenizer import Tokenizer
 from tests.scheduler.simulated_executor import SimulatedExecutor, expected_output
 from tests.scheduler_service.engine_harness import (
     CAPACITY,
+    MODEL,
     EngineHarness,
     OtherExecutor,
     ids_of,
@@ -306,6 +308,87 @@ def test_the_last_executor_that_takes_requests_stays(run):
         with pytest.raises(LastExecutorError):
             h.pool.remove_executor("unix:/executor")
         h.pool.remove_executor("unix:/other")
+
+    run(scenario)
+
+
+def test_the_only_connected_executor_stays_when_the_others_were_given_up(run):
+    async def scenario(h: EngineHarness) -> None:
+        other = h.join(capacity=None)
+        task = h.read(submit(h, 20))
+        await h.step()
+        async with asyncio.timeout(10):
+            while not other.connection.absence.is_too_long:
+                await asyncio.sleep(0.005)
+        with pytest.raises(LastExecutorError, match="wait until it is connected"):
+            h.pool.remove_executor("unix:/executor")
+        await h.finish(task)
+        assert ids_of(task.result()) == expected(20)
+        # One that is not there itself may go, whoever else is there.
+        h.pool.remove_executor("unix:/other")
+        h.others.remove(other)
+
+    run(scenario, executor_wait_timeout_s=0.02)
+
+
+def test_a_request_without_a_limit_goes_on_at_a_smaller_executor_when_its_own_is_removed(run):
+    async def scenario(h: EngineHarness) -> None:
+        h.join(capacity=SMALL)
+        request = h.submit(PROMPT, ignore_eos=True)
+        assert places(request) == {0}
+        task = h.read(request)
+        await h.step()
+        h.pool.remove_executor("unix:/executor")
+        h.executor = SimulatedExecutor(CAPACITY)
+        await h.finish(task)
+        assert ids_of(task.result()) == expected(33 - len(PROMPT))
+
+    run(scenario)
+
+
+def test_a_request_without_a_limit_goes_on_at_a_smaller_executor_when_its_own_stays_away(run):
+    async def scenario(h: EngineHarness) -> None:
+        h.join(capacity=SMALL)
+        task = h.read(h.submit(PROMPT, ignore_eos=True))
+        await h.step()
+        h.lose_executor()
+        await h.finish(task)
+        assert ids_of(task.result()) == expected(33 - len(PROMPT))
+
+    run(scenario, executor_wait_timeout_s=0.02)
+
+
+def test_limits_are_those_of_executors_that_take_requests(run):
+    async def scenario(h: EngineHarness) -> None:
+        h.join(capacity=SMALL)
+        h.pool.drain_executor("unix:/executor")
+        task = h.read(h.submit(PROMPT, ignore_eos=True))
+        await h.finish(task)
+        assert ids_of(task.result()) == expected(33 - len(PROMPT))
+        with pytest.raises(NeverFitsError, match="holds 32"):
+            submit(h, 100)
+
+    run(scenario)
+
+
+def test_a_resumed_request_whose_completions_got_unequally_far_leaves_the_queues_right(run):
+    async def scenario(h: EngineHarness) -> None:
+        h.join()
+        tasks = [h.read(submit(h, 100, [number] * 4)) for number in range(15)]
+        for _ in range(3):
+            await h.step()
+        received = inference_pb2.ReceivedCompletion(index=0, token_ids=[65] * 60, num_text_chars=60)
+        resume = inference_pb2.Resume(
+            key=7, model_fingerprint=MODEL.fingerprint, completions=[received]
+        )
+        request = h.submit(PROMPT, max_tokens=100, ignore_eos=True, n=4, seed=1, resume=resume)
+        tasks.append(h.read(request))
+        for _ in range(6):
+            await h.step()
+        assert all(member.scheduler.num_queued_tokens >= 0 for member in h.pool.fleet.members)
+        tasks += [h.read(submit(h, 5, [number, *[3] * 7])) for number in range(10)]
+        await h.finish(*tasks)
+        assert all(task.exception() is None for task in tasks)
 
     run(scenario)
 

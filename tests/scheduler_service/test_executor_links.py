@@ -52,7 +52,7 @@ class Stage:
     def __init__(self) -> None:
         self.pool = ExecutorPool(SchedulerPolicy(), RoutingPolicy(), 10.0)
         self.pool.listener = SimpleNamespace(
-            on_connected=lambda unsettled: None,
+            on_limits_changed=lambda unsettled: None,
             on_displaced=lambda seqs, is_loss: None,
             on_stranded=lambda seqs, error: None,
             on_planned=lambda: None,
