@@ -43,7 +43,7 @@ def bf16(*shape: int, scale: float = 1.0) -> Tensor:
 
 def linear_candidates(rows: int, columns_per_output: int = 1, split: bool = False) -> list[Any]:
     found: list[Any] = list(launch.GEMV_CANDIDATES) if rows <= launch.MAX_GEMV_ROWS else []
-    if 1 < rows <= launch.MAX_RESIDENT_ROWS and not split:
+    if rows <= launch.MAX_RESIDENT_ROWS:
         found += launch.RESIDENT_CANDIDATES
     if rows > 1:
         found += launch.tile_candidates(rows, columns_per_output=columns_per_output, split=split)

@@ -38,10 +38,10 @@ _GEMV = [
     for block_n, num_warps in ((1, 1), (2, 1), (4, 1), (2, 2), (4, 2), (4, 4), (8, 4), (8, 8))
 ]
 _DECODE = [
-    DecodeConfig(block_kv, num_warps, 3, target_blocks, target_blocks // 8, early_tile)
-    for block_kv, num_warps in ((16, 1), (32, 1), (32, 2), (64, 4))
+    DecodeConfig(block_kv, num_warps, num_stages, target_blocks, 64, early_tile)
+    for block_kv, num_warps in ((32, 1), (64, 2), (64, 4), (128, 4), (256, 8))
     for target_blocks in (128, 256, 512)
-    for early_tile in (False, True)
+    for num_stages, early_tile in ((3, False), (1, True))
 ]
 
 
@@ -140,12 +140,12 @@ def override(table: str, config: object) -> None:
 
 def tune(rows: int, context: int) -> Iterable[dict[str, Any]]:
     """Yields one row per configuration tried; leaves the winners in place."""
-    gemv: list[Any] = list(_GEMV) if rows <= launch.MAX_GEMV_ROWS else []
-    normed = [*gemv, *(launch.RESIDENT_CANDIDATES if 1 < rows <= launch.MAX_RESIDENT_ROWS else ())]
+    few: list[Any] = list(_GEMV) if rows <= launch.MAX_GEMV_ROWS else []
+    few += launch.RESIDENT_CANDIDATES if rows <= launch.MAX_RESIDENT_ROWS else ()
     candidates: dict[str, list[Any]] = {
-        "RMS_NORM_LINEAR": normed + (tiles(1, split=False) if rows > 2 else []),
-        "SILU_MUL_LINEAR": normed + (tiles(2, split=False) if rows > 2 else []),
-        "LINEAR_RESIDUAL": gemv + (tiles(1, split=True) if rows > 2 else []),
+        "RMS_NORM_LINEAR": few + (tiles(1, split=False) if rows > 2 else []),
+        "SILU_MUL_LINEAR": few + (tiles(2, split=False) if rows > 2 else []),
+        "LINEAR_RESIDUAL": few + (tiles(1, split=True) if rows > 2 else []),
         "PAGED_DECODE": _DECODE,
     }
     step = DecodeStep(rows, context)

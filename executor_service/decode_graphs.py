@@ -177,15 +177,24 @@ class DecodeGraphs:
         self._attention.prepare(batch, self._cache)
         hidden = self._model.run_layers(inputs.hidden, batch, self._cache, self._attention)
         token_ids = self._sample(hidden, inputs, kind)
-        append_tokens(slot_ids, token_ids, inputs.context_lens, self._slots, self.results(size))
+        append_tokens(
+            slot_ids,
+            token_ids,
+            inputs.context_lens,
+            self._slots,
+            self.results(size),
+            dependent=self._model.dependent,
+        )
 
     def _sample(self, hidden: Tensor, inputs: DecodeInputs, kind: SamplingKind) -> Tensor:
         keys = (inputs.temperature, inputs.seeds, inputs.draw_positions)
+        dependent = self._model.dependent
         if kind is SamplingKind.PLAIN:
             token_ids = self._model.sample_head(hidden, *keys)
             if token_ids is not None:
                 return token_ids
-            return sample_tokens(self._model.raw_logits(self._model.final_norm(hidden)), *keys)
+            logits = self._model.raw_logits(self._model.final_norm(hidden))
+            return sample_tokens(logits, *keys, dependent=dependent)
         logits = self._model.logits(self._model.final_norm(hidden))
         threshold = filter_thresholds(
             logits,
@@ -195,4 +204,4 @@ class DecodeGraphs:
             inputs.min_p,
             max_top_k=MAX_CANDIDATE_TOP_K if kind is SamplingKind.TOP_K else 0,
         )
-        return sample_tokens(logits, *keys, threshold=threshold)
+        return sample_tokens(logits, *keys, threshold=threshold, dependent=dependent)

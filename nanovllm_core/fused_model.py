@@ -4,6 +4,9 @@
 (decode) are bound by the weights' bytes and by launches, so a layer is five kernels that read their
 weights while the kernel before them finishes. Many rows (prefill) are bound by arithmetic and go
 through cuBLAS, with fused kernels between the products.
+
+An RMSNorm in front of a product is its weight, which is folded into the matrix, and a scale for
+each row. A product by cuBLAS leaves the scale out, and the kernel behind it applies it.
 """
 
 import torch
@@ -51,10 +54,14 @@ class FusedModel:
                 linear.weight.data.copy_(fold_norm_weight(linear.weight, norm.weight))
         # The weights are in the matrices; what is left of those norms is the scaling.
         self._ones = torch.ones(self.config.hidden_size, dtype=dtype, device=device)
-        self._dependent = supports_dependent_launch(device)
+        # Whether kernels are launched before those in front of them have ended.
+        self.dependent = supports_dependent_launch(device)
         # Biases behind attention and in the MLP have no place in the fused kernels.
         has_biases = self.config.o_bias or self.config.mlp_bias
         self._max_fused_rows = 0 if has_biases else MAX_FUSED_ROWS
+        # A bias belongs behind the scale, and float16 may not hold what has not been scaled.
+        self._scales_qkv_late = dtype != torch.float16 and not self.config.qkv_bias
+        self._scales_late = self._scales_qkv_late and not has_biases
         sizes = [
             linear_residual_workspace_size(rows, self.config.hidden_size)
             for rows in range(1, MAX_FUSED_ROWS + 1)
@@ -120,17 +127,17 @@ class FusedModel:
             positions,
             norm_weight=self._model.norm.weight,
             eps=self._eps,
-            dependent=self._dependent,
+            dependent=self.dependent,
         )
 
     def _run_few_rows(
         self, hidden: Tensor, batch: ForwardBatch, cache: KVCache, attention: AttentionBackend
     ) -> Tensor:
-        dependent = self._dependent
+        dependent = self.dependent
         for index, layer in enumerate(self._layers):
             mlp = layer.mlp
-            qkv = self._project_qkv(hidden, layer)
-            attended = self._attend(index, layer, qkv, batch, cache, attention)
+            qkv, unscaled = self._project_qkv(hidden, layer)
+            attended = self._attend(index, layer, qkv, batch, cache, attention, unscaled)
             linear_residual(
                 attended,
                 layer.attention.output.weight,
@@ -142,15 +149,33 @@ class FusedModel:
             linear_residual(gated, mlp.down.weight, hidden, self._workspace, dependent=dependent)
         return hidden
 
-    def _project_qkv(self, hidden: Tensor, layer: DecoderLayer) -> Tensor:
-        qkv, dependent = layer.attention.qkv, self._dependent
+    def _project_qkv(self, hidden: Tensor, layer: DecoderLayer) -> tuple[Tensor, Tensor | None]:
+        """The projection, and hidden if it lacks the norm's scale."""
+        qkv, dependent = layer.attention.qkv, self.dependent
         if hidden.shape[0] <= MAX_FUSED_QKV_ROWS:
-            return rms_norm_linear(
+            projected = rms_norm_linear(
                 hidden, qkv.weight, self._eps, bias=qkv.bias, dependent=dependent
             )
-        return qkv(rms_norm(hidden, self._ones, self._eps, dependent=dependent))
+            return projected, None
+        if self._scales_qkv_late:
+            return qkv(hidden), hidden
+        return qkv(rms_norm(hidden, self._ones, self._eps, dependent=dependent)), None
 
     def _run_many_rows(
+        self, hidden: Tensor, batch: ForwardBatch, cache: KVCache, attention: AttentionBackend
+    ) -> Tensor:
+        if not self._scales_late:
+            return self._run_with_norms(hidden, batch, cache, attention)
+        for index, layer in enumerate(self._layers):
+            module, mlp = layer.attention, layer.mlp
+            qkv = module.qkv(hidden)
+            attended = self._attend(index, layer, qkv, batch, cache, attention, hidden)
+            hidden.addmm_(attended, module.output.weight.t())
+            gated = silu_and_mul(mlp.gate_up(hidden), hidden, self._eps)
+            hidden.addmm_(gated, mlp.down.weight.t())
+        return hidden
+
+    def _run_with_norms(
         self, hidden: Tensor, batch: ForwardBatch, cache: KVCache, attention: AttentionBackend
     ) -> Tensor:
         # What the block before has yet to add to the residual stream.
@@ -171,15 +196,21 @@ class FusedModel:
         batch: ForwardBatch,
         cache: KVCache,
         attention: AttentionBackend,
+        unscaled: Tensor | None = None,
     ) -> Tensor:
-        """QK norm, rotation, cache write and attention: [rows, num_heads * head_dim]."""
+        """QK norm, rotation, cache write and attention: [rows, num_heads * head_dim].
+
+        qkv lacks the scale of the norm over the rows of `unscaled`, if that is given.
+        """
         module, rotary = layer.attention, self._model.rotary
         norm_weights: tuple[Tensor | None, Tensor | None] = (None, None)
         if module.qk_norm:
             norm_weights = (module.query_norm.weight, module.key_norm.weight)
         rotation = (rotary.cos, rotary.sin)
         if not batch.prefill_lens and isinstance(attention, TritonBackend):
-            attended = attention.decode_qkv(index, qkv, norm_weights, rotation, cache, batch)
+            attended = attention.decode_qkv(
+                index, qkv, norm_weights, rotation, cache, batch, unscaled
+            )
             if attended is not None:
                 return attended.flatten(1)
         query = qk_norm_rope_cache(
@@ -192,6 +223,7 @@ class FusedModel:
             cache.key[index],
             cache.value[index],
             self.config.num_heads,
-            dependent=self._dependent,
+            hidden=unscaled,
+            dependent=self.dependent,
         )
         return attention.attend(index, query, cache, batch).flatten(1)

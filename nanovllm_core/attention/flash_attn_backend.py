@@ -65,11 +65,12 @@ class FlashAttnBackend(TritonBackend):
         rotation: tuple[Tensor, Tensor],
         cache: KVCache,
         batch: ForwardBatch,
+        hidden: Tensor | None = None,
     ) -> Tensor | None:
         """See the base class; None where flash-attn decodes."""
         if self._decodes(cache, qkv.shape[0]):
             return None
-        return super().decode_qkv(layer, qkv, norm_weights, rotation, cache, batch)
+        return super().decode_qkv(layer, qkv, norm_weights, rotation, cache, batch, hidden)
 
     def prefill(
         self, layer: int, query: Tensor, cache: KVCache, batch: ForwardBatch, out: Tensor

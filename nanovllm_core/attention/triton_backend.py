@@ -82,6 +82,7 @@ class TritonBackend(AttentionBackend):
         rotation: tuple[Tensor, Tensor],
         cache: KVCache,
         batch: ForwardBatch,
+        hidden: Tensor | None = None,
     ) -> Tensor | None:
         """Norm, rotation, cache write and attention of decode rows in one kernel.
 
@@ -91,6 +92,7 @@ class TritonBackend(AttentionBackend):
             norm_weights: of q and k, [head_dim] each or None.
             rotation: tables of cos and sin.
             cache, batch: as in `attend`.
+            hidden: what qkv lacks the norm's scale of, see `qk_norm_rope_cache`.
 
         Returns:
             [rows, num_heads, head_dim], or None where this backend decodes in another way.
@@ -109,6 +111,7 @@ class TritonBackend(AttentionBackend):
             self.config.num_heads,
             self.scale,
             self._workspace,
+            hidden=hidden,
             dependent=self._dependent,
         )
 

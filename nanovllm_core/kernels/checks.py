@@ -47,3 +47,16 @@ def require_row_values(name: str, tensor: Tensor, rows: int, dtype: torch.dtype)
     """Refuse anything but a contiguous vector with one value of `dtype` per row."""
     require_shape(name, tensor, (rows,))
     require_dtype(name, tensor, dtype)
+
+
+def require_unscaled_input(hidden: Tensor | None, projected: Tensor) -> int:
+    """Refuse a `hidden` that has other rows or another dtype than what was projected from it.
+
+    Returns:
+        hidden's columns; 0 for None.
+    """
+    if hidden is None:
+        return 0
+    require_matrix("hidden", hidden, projected.shape[0], None)
+    require_dtype("hidden", hidden, projected.dtype)
+    return hidden.shape[1]

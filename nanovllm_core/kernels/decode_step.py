@@ -22,6 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm_core.kernels.checks import require_dtype, require_row_values
+from nanovllm_core.kernels.device import start_dependents
+from nanovllm_core.kernels.launch import launch_options
 
 FINISH_NONE = tl.constexpr(0)
 FINISH_STOP_TOKEN = tl.constexpr(1)
@@ -175,7 +177,9 @@ def _append_kernel(
     NUM_STOP: tl.constexpr,
     NUM_STOP_PADDED: tl.constexpr,
     INT_STRIDE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    start_dependents(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + row)
     token = tl.load(tokens_ptr + row)
@@ -263,7 +267,13 @@ def gather_decode_inputs(
 
 
 def append_tokens(
-    slot_ids: Tensor, token_ids: Tensor, context_lens: Tensor, slots: SlotTensors, results: Tensor
+    slot_ids: Tensor,
+    token_ids: Tensor,
+    context_lens: Tensor,
+    slots: SlotTensors,
+    results: Tensor,
+    *,
+    dependent: bool = False,
 ) -> None:
     """Append each running row's token to its slot and decide whether the slot goes on.
 
@@ -273,6 +283,7 @@ def append_tokens(
         context_lens: [rows] int32 from `gather_decode_inputs`; 0 marks rows that did not run.
         slots: the slot state, updated in place.
         results: [2, rows] int32 to write to: tokens, then finish flags.
+        dependent: programmatic dependent launch, see `rms_norm_linear`.
 
     Raises:
         KernelInputError: an argument has the wrong shape or type.
@@ -299,5 +310,6 @@ def append_tokens(
         NUM_STOP=num_stop,
         NUM_STOP_PADDED=triton.next_power_of_2(num_stop),
         INT_STRIDE=slots.num_tokens.stride(0),
-        num_warps=1,
+        DEPENDENT=dependent,
+        **launch_options(1, 1, dependent),
     )

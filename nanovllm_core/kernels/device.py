@@ -15,15 +15,20 @@ def supports_dependent_launch(device: torch.device) -> bool:
 
 
 # A programmatic dependent launch lets a kernel start before the one in front of it has ended. Every
-# block of every kernel of a chain calls `wait_for_previous`, which keeps the chain ordered: a
-# kernel that has ended has seen its predecessor end. Before that call a block writes nothing, and
-# reads nothing that the kernel in front may write.
+# kernel of a chain calls `wait_for_previous` in every block that does anything, which keeps the
+# chain ordered: a kernel that has ended has seen its predecessor end. Before that call a block
+# writes nothing, and reads nothing that the kernel in front may write.
 #
 # When the next kernel may start is each kernel's choice:
 # - at once (`launch_next` first): the next kernel's weights are on their way early. It may start
-#   before kernels further in front have ended, so before its wait it may read weights only.
+#   before kernels further in front have ended, so before its wait it may not read what they write.
 # - after its own wait (`start_dependents`): everything but this kernel's own output is there when
-#   the next kernel starts.
+#   the next kernel starts, or any kernel behind that.
+#
+# One kernel of every layer does the latter: gate-up or attention (`launch.gate_up_holds_back`). So
+# attention may read the iteration's lengths and block tables before its wait: they were written in
+# front of that kernel of the layer before. In the first layer they are there because the kernel
+# that writes them lets nothing start before it has ended.
 
 
 @triton.jit

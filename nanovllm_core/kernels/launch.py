@@ -100,14 +100,16 @@ class ResidentConfig:
 
     def fits(self, rows: int, k_size: int, itemsize: int) -> bool:
         """Whether a block can hold its operands, and tensor cores take them."""
-        k_padded = triton.next_power_of_2(k_size)
-        num_bytes = (self.BLOCK_N + _padded_rows(rows)) * k_padded * itemsize
+        k_main, k_rest = cut_in_powers(k_size)
+        num_bytes = (self.BLOCK_N + _padded_rows(rows)) * (k_main + k_rest) * itemsize
+        least = _MIN_DOT_K * self.groups
         return (
             rows <= MAX_RESIDENT_ROWS
             and itemsize == 2
-            and k_padded <= self.max_k
+            and k_main + k_rest <= self.max_k
             and num_bytes <= _max_resident_bytes()
-            and k_padded >= _MIN_DOT_K * self.groups
+            and k_main >= least
+            and (k_rest == 0 or k_rest >= least)
         )
 
     def shape(self, rows: int, k_size: int) -> dict[str, int]:
@@ -120,10 +122,12 @@ class ResidentConfig:
             raise KernelInputError(
                 f"a ResidentConfig takes up to {MAX_RESIDENT_ROWS} rows, got {rows}"
             )
+        k_main, k_rest = cut_in_powers(k_size)
         return {
             "K": k_size,
             "GROUPS": self.groups,
-            "GROUP_K": triton.next_power_of_2(k_size) // self.groups,
+            "GROUP_K": k_main // self.groups,
+            "GROUP_K_REST": k_rest // self.groups,
             "ROWS": rows,
             "ROWS_PADDED": _padded_rows(rows),
             "BLOCK_N": self.BLOCK_N,
@@ -220,6 +224,15 @@ class LmHeadConfig:
         return launch_options(self.num_warps, 1, dependent)
 
 
+def gate_up_holds_back(rows: int) -> bool:
+    """Whether of a layer's kernels gate-up lets the next one start only after its own wait.
+
+    Otherwise decode attention does. One of them has to, see `device`; which is faster was measured
+    in whole steps.
+    """
+    return rows == 1
+
+
 Table = Sequence[tuple[int, LinearConfig]]
 _Config = TypeVar("_Config", bound=LinearConfig)
 
@@ -252,7 +265,9 @@ def choose(table: Sequence[tuple[int, _Config]], rows: int, k_size: int, itemsiz
 
 # (rows up to, configuration)
 RMS_NORM_LINEAR: Table = (
+    (1, ResidentConfig(groups=8, num_warps=4, max_k=2048)),
     (1, GemvConfig(block_n=4, num_warps=1)),
+    (8, ResidentConfig(groups=4, num_warps=4, max_k=2048)),
     (MAX_RESIDENT_ROWS, ResidentConfig(groups=8, num_warps=4, max_k=2048)),
     (MAX_RESIDENT_ROWS, ResidentConfig(groups=16, num_warps=16)),
     (16, TileConfig(block_m=16, block_n=32, block_k=128, num_warps=4, num_stages=4)),
@@ -264,6 +279,7 @@ RMS_NORM_LINEAR: Table = (
 
 # block_n counts output columns; each needs a gate row and an up row of the weight.
 SILU_MUL_LINEAR: Table = (
+    (2, ResidentConfig(groups=4, num_warps=4, max_k=2048)),
     (1, GemvConfig(block_n=8, num_warps=8)),
     (MAX_RESIDENT_ROWS, ResidentConfig(groups=8, num_warps=4, max_k=2048)),
     (MAX_RESIDENT_ROWS, ResidentConfig(groups=16, num_warps=16)),
@@ -276,8 +292,9 @@ SILU_MUL_LINEAR: Table = (
 
 # N is the hidden size, so tiles are few: the FMA kernel takes few rows of the weight per block and
 # the tensor-core kernel splits K.
-LINEAR_RESIDUAL: Sequence[tuple[int, GemvConfig | TileConfig]] = (
-    (1, GemvConfig(block_n=8, num_warps=4)),
+LINEAR_RESIDUAL: Table = (
+    (1, GemvConfig(block_n=4, num_warps=2)),
+    (MAX_RESIDENT_ROWS, ResidentConfig(groups=8, num_warps=8, max_k=4096)),
     (4, GemvConfig(block_n=4, num_warps=4)),
     (16, TileConfig(block_m=16, block_n=32, block_k=128, num_warps=4, num_stages=4, split_k=8)),
     (32, TileConfig(block_m=32, block_n=16, block_k=256, num_warps=4, num_stages=3, split_k=4)),
@@ -290,8 +307,8 @@ LINEAR_RESIDUAL: Sequence[tuple[int, GemvConfig | TileConfig]] = (
 # many multiprocessors, and the splits do not outnumber the tiles of a short one.
 PAGED_DECODE: Sequence[tuple[int, DecodeConfig]] = (
     (1, DecodeConfig(32, 1, num_stages=1, target_blocks=256, max_splits=32, early_tile=True)),
-    (2, DecodeConfig(16, 1, num_stages=2, target_blocks=256, max_splits=32, early_tile=True)),
-    (8, DecodeConfig(64, 2, num_stages=1, target_blocks=512, max_splits=64, early_tile=True)),
+    (4, DecodeConfig(256, 8, num_stages=1, target_blocks=128, max_splits=32, early_tile=True)),
+    (8, DecodeConfig(128, 4, num_stages=1, target_blocks=512, max_splits=64, early_tile=True)),
     (16, DecodeConfig(32, 1, num_stages=3, target_blocks=1024, max_splits=64, early_tile=True)),
     (64, DecodeConfig(32, num_warps=1, num_stages=3, target_blocks=512, max_splits=8)),
     (96, DecodeConfig(32, num_warps=1, num_stages=3, target_blocks=1024, max_splits=2)),

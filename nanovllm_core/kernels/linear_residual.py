@@ -28,12 +28,16 @@ from nanovllm_core.kernels.device import (
     fence_weight_loads,
     launch_next,
     start_dependents,
+    wait_for_previous,
 )
-from nanovllm_core.kernels.launch import GemvConfig, TileConfig
+from nanovllm_core.kernels.launch import GemvConfig, LinearConfig, ResidentConfig, TileConfig
 from nanovllm_core.kernels.linear_tiles import (
+    load_activation_groups,
     load_activation_row,
     load_tile,
+    load_weight_groups,
     load_weight_rows,
+    multiply_groups,
     multiply_rows,
     tile_position,
 )
@@ -67,6 +71,41 @@ def _gemv_kernel(
         if K_REST > 0:
             y += multiply_rows(w_rest, load_activation_row(x_ptr, row, K_MAIN, K, K_REST))
         tl.store(target, y.to(residual_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _resident_kernel(
+    x_ptr,
+    w_ptr,
+    residual_ptr,
+    n_size,
+    K: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP_K: tl.constexpr,
+    GROUP_K_REST: tl.constexpr,
+    ROWS: tl.constexpr,
+    ROWS_PADDED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    launch_next(DEPENDENT)
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.arange(0, ROWS_PADDED)
+    w = load_weight_groups(w_ptr, columns, n_size, 0, K, GROUPS, GROUP_K)
+    main: tl.constexpr = GROUPS * GROUP_K
+    if GROUP_K_REST > 0:
+        w_rest = load_weight_groups(w_ptr, columns, n_size, main, K, GROUPS, GROUP_K_REST)
+    wait_for_previous(DEPENDENT)
+    target = residual_ptr + rows[None, :] * n_size + columns[:, None]
+    mask = (rows < ROWS)[None, :] & (columns < n_size)[:, None]
+    y = tl.load(target, mask=mask, other=0.0).to(tl.float32)
+    x = load_activation_groups(x_ptr, rows, ROWS, 0, K, GROUPS, GROUP_K)
+    products = multiply_groups(w, x)
+    if GROUP_K_REST > 0:
+        x_rest = load_activation_groups(x_ptr, rows, ROWS, main, K, GROUPS, GROUP_K_REST)
+        products += multiply_groups(w_rest, x_rest)
+    y += tl.sum(products, axis=0)
+    tl.store(target, y.to(residual_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -131,8 +170,8 @@ def linear_residual_workspace_size(rows: int, n_size: int) -> tuple[int, int]:
     return _workspace_size(rows, n_size, tiled)
 
 
-def _workspace_size(rows: int, n_size: int, config: GemvConfig | TileConfig) -> tuple[int, int]:
-    if isinstance(config, GemvConfig) or config.split_k == 1:
+def _workspace_size(rows: int, n_size: int, config: LinearConfig) -> tuple[int, int]:
+    if not isinstance(config, TileConfig) or config.split_k == 1:
         return 0, 0
     tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(n_size, config.block_n)
     return tiles * config.split_k * config.block_m * config.block_n, tiles
@@ -144,7 +183,7 @@ def linear_residual(
     residual: Tensor,
     workspace: Workspace | None = None,
     *,
-    config: GemvConfig | TileConfig | None = None,
+    config: LinearConfig | None = None,
     dependent: bool = False,
 ) -> None:
     """residual += x @ weight^T, in place.
@@ -185,6 +224,17 @@ def linear_residual(
             ROWS=rows,
             BLOCK_N=block_n,
             DEPENDENT=dependent,
+            **config.options(dependent),
+        )
+        return
+    if isinstance(config, ResidentConfig):
+        _resident_kernel[(triton.cdiv(n_size, config.BLOCK_N),)](
+            x,
+            weight,
+            residual,
+            n_size,
+            DEPENDENT=dependent,
+            **config.shape(rows, k_size),
             **config.options(dependent),
         )
         return

@@ -49,10 +49,16 @@ def multiply_rows(w, x):
 
 @triton.jit
 def load_weight_groups(
-    w_ptr, rows, row_limit, K: tl.constexpr, GROUPS: tl.constexpr, GROUP_K: tl.constexpr
+    w_ptr,
+    rows,
+    row_limit,
+    START: tl.constexpr,
+    K: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP_K: tl.constexpr,
 ):
-    """Whole weight rows, K cut into groups: [GROUPS, len(rows), GROUP_K], zero outside."""
-    columns = tl.arange(0, GROUPS)[:, None, None] * GROUP_K + tl.arange(0, GROUP_K)[None, None, :]
+    """Columns START and up of weight rows of K, in groups: [GROUPS, len(rows), GROUP_K]."""
+    columns = START + _group_columns(GROUPS, GROUP_K)[:, None, :]
     return tl.load(
         w_ptr + rows.to(tl.int64)[None, :, None] * K + columns,
         mask=(rows < row_limit)[None, :, None] & (columns < K),
@@ -63,10 +69,16 @@ def load_weight_groups(
 
 @triton.jit
 def load_activation_groups(
-    x_ptr, rows, row_limit, K: tl.constexpr, GROUPS: tl.constexpr, GROUP_K: tl.constexpr
+    x_ptr,
+    rows,
+    row_limit,
+    START: tl.constexpr,
+    K: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP_K: tl.constexpr,
 ):
     """Rows of x as `load_weight_groups` cuts K, transposed: [GROUPS, GROUP_K, len(rows)]."""
-    columns = tl.arange(0, GROUPS)[:, None, None] * GROUP_K + tl.arange(0, GROUP_K)[None, :, None]
+    columns = START + _group_columns(GROUPS, GROUP_K)[:, :, None]
     return tl.load(
         x_ptr + rows[None, None, :] * K + columns,
         mask=(rows < row_limit)[None, None, :] & (columns < K),
@@ -75,9 +87,14 @@ def load_activation_groups(
 
 
 @triton.jit
+def _group_columns(GROUPS: tl.constexpr, GROUP_K: tl.constexpr):
+    return tl.arange(0, GROUPS)[:, None] * GROUP_K + tl.arange(0, GROUP_K)[None, :]
+
+
+@triton.jit
 def multiply_groups(w, x):
-    """w @ x in float32, [weight rows, rows of x]: each warp a group's product on tensor cores."""
-    return tl.sum(tl.dot(w, x, input_precision="ieee"), axis=0)
+    """w @ x group by group on tensor cores, in float32: [GROUPS, weight rows, rows of x]."""
+    return tl.dot(w, x, input_precision="ieee")
 
 
 @triton.jit

@@ -171,7 +171,7 @@ def lm_head_sample(
         DEPENDENT=dependent,
         **config.options(dependent),
     )
-    return reduce_race(best_scores, best_ids)
+    return reduce_race(best_scores, best_ids, dependent=dependent)
 
 
 def lm_head_reference(

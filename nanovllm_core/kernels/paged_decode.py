@@ -47,25 +47,38 @@ def _divided(acc, total):
 
 
 @triton.jit
-def _combine_splits(partial_ptr, stats_ptr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """One head's output [BLOCK_D] from its splits' accumulators, maxima and sums."""
+def _combine_splits(
+    partial_ptr, stats_ptr, num_splits, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """One head's output [BLOCK_D] from the accumulators, maxima and sums of num_splits splits."""
     splits = tl.arange(0, SPLITS)
     offs_d = tl.arange(0, BLOCK_D)
+    used = splits < num_splits
     # Written by other blocks of this launch: read past the L1 cache.
-    maxima = tl.load(stats_ptr + 2 * splits, cache_modifier=".cg")
-    sums = tl.load(stats_ptr + 2 * splits + 1, cache_modifier=".cg")
-    # Splits of an empty sequence have no finite maximum; the lower bound keeps NaN out.
-    scales = tl.exp2(maxima - tl.maximum(tl.max(maxima, axis=0), -1e30))
-    acc = tl.load(partial_ptr + splits[:, None] * BLOCK_D + offs_d[None, :], cache_modifier=".cg")
+    maxima = tl.load(stats_ptr + 2 * splits, mask=used, other=float("-inf"), cache_modifier=".cg")
+    sums = tl.load(stats_ptr + 2 * splits + 1, mask=used, other=0.0, cache_modifier=".cg")
+    acc = tl.load(
+        partial_ptr + splits[:, None] * BLOCK_D + offs_d[None, :],
+        mask=used[:, None],
+        other=0.0,
+        cache_modifier=".cg",
+    )
+    scales = tl.exp2(maxima - tl.max(maxima, axis=0))
     return _divided(tl.sum(acc * scales[:, None], axis=0), tl.sum(sums * scales, axis=0))
 
 
 @triton.jit
 def split_bounds(split, context_len, BLOCK_KV: tl.constexpr, SPLITS: tl.constexpr):
-    """First token of a split and the one behind its last; empty splits begin at or past the end."""
-    tiles_per_split = tl.cdiv(tl.cdiv(context_len, BLOCK_KV), SPLITS)
+    """First token of a split, the one behind its last, and how many splits have tokens.
+
+    The first split counts in any case; the others begin at or past the end if they are empty.
+    """
+    num_tiles = tl.cdiv(context_len, BLOCK_KV)
+    tiles_per_split = tl.cdiv(num_tiles, SPLITS)
     begin = split * tiles_per_split * BLOCK_KV
-    return begin, min(begin + tiles_per_split * BLOCK_KV, context_len)
+    end = min(begin + tiles_per_split * BLOCK_KV, context_len)
+    num_used = max(1, tl.cdiv(num_tiles, max(1, tiles_per_split)))
+    return begin, end, num_used
 
 
 @triton.jit
@@ -76,6 +89,7 @@ def attend_and_store(
     acc,
     begin,
     end,
+    num_splits,
     key_ptr,
     value_ptr,
     block_tables_ptr,
@@ -96,16 +110,18 @@ def attend_and_store(
 ):
     """Folds the tokens [begin, end) into this block's running softmax of q [BLOCK_G, BLOCK_D].
 
-    Stores it, and the output in the block that is last.
+    Stores the output if num_splits is one. Else stores the block's part, and the output in the
+    block that is last of num_splits.
     """
     kv_head = tl.program_id(0)
     split = tl.program_id(1)
     seq = tl.program_id(2).to(tl.int64)
     group = tl.arange(0, BLOCK_G)
+    stored = group < GROUP
     offs_d = tl.arange(0, BLOCK_D)
     first_head = seq * (NUM_KV_HEADS * GROUP) + kv_head * GROUP
-    q_offsets = (first_head + group)[:, None] * HEAD_DIM + offs_d[None, :]
-    q_mask = (group < GROUP)[:, None] & (offs_d < HEAD_DIM)[None, :]
+    out_offsets = (first_head + group)[:, None] * HEAD_DIM + offs_d[None, :]
+    out_mask = stored[:, None] & (offs_d < HEAD_DIM)[None, :]
     last_position = tl.full([BLOCK_G], 0, dtype=tl.int32) + (end - 1)
     whole_tiles_end = max(begin, end // BLOCK_KV * BLOCK_KV)
     for phase in tl.static_range(2):
@@ -129,25 +145,26 @@ def attend_and_store(
             phase == 1,
         )
 
-    if SPLITS == 1:
+    if num_splits == 1:
         y = _divided(acc, running_sum[:, None])
-        tl.store(out_ptr + q_offsets, y.to(out_ptr.dtype.element_ty), mask=q_mask)
-    else:
+        tl.store(out_ptr + out_offsets, y.to(out_ptr.dtype.element_ty), mask=out_mask)
+    elif SPLITS > 1:
         # partials [seqs * heads, SPLITS, BLOCK_D]; stats [seqs * heads, SPLITS, (max, sum)].
         rows = (first_head + group) * SPLITS + split
         tl.store(
             partials_ptr + rows[:, None] * BLOCK_D + offs_d[None, :],
             acc,
-            mask=(group < GROUP)[:, None] & (offs_d < BLOCK_D)[None, :],
+            mask=stored[:, None] & (offs_d < BLOCK_D)[None, :],
         )
-        tl.store(stats_ptr + 2 * rows, running_max, mask=group < GROUP)
-        tl.store(stats_ptr + 2 * rows + 1, running_sum, mask=group < GROUP)
-        if arrived_last(counters_ptr + seq * NUM_KV_HEADS + kv_head, SPLITS):
-            for member in range(GROUP):
+        tl.store(stats_ptr + 2 * rows, running_max, mask=stored)
+        tl.store(stats_ptr + 2 * rows + 1, running_sum, mask=stored)
+        if arrived_last(counters_ptr + seq * NUM_KV_HEADS + kv_head, num_splits):
+            for member in tl.static_range(GROUP):
                 head = first_head + member
                 y = _combine_splits(
                     partials_ptr + head * (SPLITS * BLOCK_D),
                     stats_ptr + head * (2 * SPLITS),
+                    num_splits,
                     SPLITS,
                     BLOCK_D,
                 )
@@ -187,7 +204,10 @@ def _decode_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     first_head = seq * (NUM_KV_HEADS * GROUP) + tl.program_id(0) * GROUP
     context_len = tl.load(context_lens_ptr + seq)
-    begin, end = split_bounds(tl.program_id(1), context_len, BLOCK_KV, SPLITS)
+    split = tl.program_id(1)
+    begin, end, num_splits = split_bounds(split, context_len, BLOCK_KV, SPLITS)
+    if split >= num_splits:
+        return
     q = tl.load(
         q_ptr + (first_head + group)[:, None] * HEAD_DIM + offs_d[None, :],
         mask=(group < GROUP)[:, None] & (offs_d < HEAD_DIM)[None, :],
@@ -200,6 +220,7 @@ def _decode_kernel(
         tl.zeros([BLOCK_G, BLOCK_D], dtype=tl.float32),
         begin,
         end,
+        num_splits,
         key_ptr,
         value_ptr,
         block_tables_ptr,

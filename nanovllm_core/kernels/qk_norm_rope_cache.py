@@ -6,6 +6,9 @@ From one fused projection row [q heads | k heads | v heads], each of head_dim D:
     out = [h1 cos - h2 sin, h2 cos + h1 sin]            h = [h1, h2]: halves, not pairs ("neox")
     q -> q_out[token, head],  k -> key_cache[slot, head],  v (unchanged) -> value_cache[slot, head]
 
+A projection may have left out the scale of the RMSNorm in front of it, which is the same for a
+whole row: then head is (mean(hidden^2) + eps)^(-1/2) times what the row holds, for v as well.
+
 (RoPE: Su et al. 2021, https://arxiv.org/abs/2104.09864.) cos and sin are float32 tables
 [max_len, D / 2] indexed by the token's position, scaling included.
 
@@ -27,9 +30,11 @@ from nanovllm_core.kernels.checks import (
     require_matrix,
     require_row_values,
     require_shape,
+    require_unscaled_input,
 )
 from nanovllm_core.kernels.device import start_dependents
 from nanovllm_core.kernels.launch import launch_options
+from nanovllm_core.kernels.linear_tiles import inverse_rms, load_activation_row
 
 # Heads per block: 8 heads of 128 are two 16-byte accesses for each of 64 threads, while one token
 # of Qwen3-0.6B still spreads over 4 blocks.
@@ -76,6 +81,7 @@ def _norm_and_rotate(
 @triton.jit
 def _qk_norm_rope_cache_kernel(
     qkv_ptr,
+    hidden_ptr,
     q_weight_ptr,
     k_weight_ptr,
     cos_ptr,
@@ -93,6 +99,8 @@ def _qk_norm_rope_cache_kernel(
     HEADS: tl.constexpr,
     Q_GROUPS: tl.constexpr,
     KV_GROUPS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    HIDDEN_PADDED: tl.constexpr,
     NORMED: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -118,6 +126,11 @@ def _qk_norm_rope_cache_kernel(
     source = qkv_ptr + row * (2 * HALF) + heads[:, None] * (2 * HALF) + offsets[None, :]
     low = tl.load(source, mask=mask, other=0.0).to(tl.float32)
     high = tl.load(source + HALF, mask=mask, other=0.0).to(tl.float32)
+    if HIDDEN > 0:
+        hidden = load_activation_row(hidden_ptr, token, 0, HIDDEN, HIDDEN_PADDED)
+        scale = inverse_rms(hidden, eps, HIDDEN)
+        low *= scale
+        high *= scale
 
     position = tl.load(positions_ptr + token)
     slot = tl.load(slot_mapping_ptr + token)
@@ -152,6 +165,7 @@ def qk_norm_rope_cache(
     value_cache: Tensor,
     num_heads: int,
     *,
+    hidden: Tensor | None = None,
     dependent: bool = False,
 ) -> Tensor:
     """Normalise and rotate q and k, and write k and v to their cache slots.
@@ -167,6 +181,7 @@ def qk_norm_rope_cache(
         key_cache, value_cache: [num_blocks, block_size, num_kv_heads, head_dim] of one layer,
             contiguous, written in place.
         num_heads: query heads.
+        hidden: what qkv lacks the scale of, as in `silu_and_mul`, with the same eps.
         dependent: programmatic dependent launch, see `rms_norm_linear`.
 
     Returns:
@@ -184,6 +199,7 @@ def qk_norm_rope_cache(
     num_tokens = qkv.shape[0]
     half = head_dim // 2
     require_matrix("qkv", qkv, None, (num_heads + 2 * num_kv_heads) * head_dim)
+    hidden_size = require_unscaled_input(hidden, qkv)
     require_shape("value_cache", value_cache, tuple(key_cache.shape))
     require_shape("key_cache", key_cache, tuple(key_cache.shape))
     require_matrix("cos", cos, None, half)
@@ -204,6 +220,7 @@ def qk_norm_rope_cache(
     kv_groups = triton.cdiv(num_kv_heads, _HEADS_PER_BLOCK)
     _qk_norm_rope_cache_kernel[(num_tokens, q_groups + 2 * kv_groups)](
         qkv,
+        hidden,
         q_norm_weight,
         k_norm_weight,
         cos,
@@ -221,6 +238,8 @@ def qk_norm_rope_cache(
         HEADS=_HEADS_PER_BLOCK,
         Q_GROUPS=q_groups,
         KV_GROUPS=kv_groups,
+        HIDDEN=hidden_size,
+        HIDDEN_PADDED=triton.next_power_of_2(hidden_size),
         NORMED=q_norm_weight is not None,
         DEPENDENT=dependent,
         **launch_options(_NUM_WARPS, 1, dependent),

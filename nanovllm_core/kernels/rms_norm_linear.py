@@ -26,7 +26,12 @@ from torch import Tensor
 
 from nanovllm_core.kernels import launch
 from nanovllm_core.kernels.checks import require_dtype, require_matrix, require_shape
-from nanovllm_core.kernels.device import fence_weight_loads, launch_next, start_dependents
+from nanovllm_core.kernels.device import (
+    fence_weight_loads,
+    launch_next,
+    start_dependents,
+    wait_for_previous,
+)
 from nanovllm_core.kernels.launch import GemvConfig, LinearConfig, ResidentConfig
 from nanovllm_core.kernels.linear_tiles import (
     inverse_rms,
@@ -72,9 +77,8 @@ def _gemv_kernel(
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = columns < n_size
     w = load_weight_rows(w_ptr, columns, n_size, 0, K, K_PADDED)
-    fence_weight_loads(DEPENDENT)
-    # Not before the wait: attention reads the cache, which older kernels wrote, before its own.
     launch_next(DEPENDENT)
+    fence_weight_loads(DEPENDENT)
     for row in tl.static_range(ROWS):
         x = load_activation_row(x_ptr, row, 0, K, K_PADDED)
         y = multiply_rows(w, x) * inverse_rms(x, eps, K)
@@ -94,19 +98,30 @@ def _resident_kernel(
     K: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUP_K: tl.constexpr,
+    GROUP_K_REST: tl.constexpr,
     ROWS: tl.constexpr,
     ROWS_PADDED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
+    launch_next(DEPENDENT)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = columns < n_size
     rows = tl.arange(0, ROWS_PADDED)
-    w = load_weight_groups(w_ptr, columns, n_size, K, GROUPS, GROUP_K)
-    start_dependents(DEPENDENT)
-    x = load_activation_groups(x_ptr, rows, ROWS, K, GROUPS, GROUP_K)
-    y = multiply_groups(w, x) * tl.rsqrt(squares_of_groups(x) / K + eps)[None, :]
+    w = load_weight_groups(w_ptr, columns, n_size, 0, K, GROUPS, GROUP_K)
+    main: tl.constexpr = GROUPS * GROUP_K
+    if GROUP_K_REST > 0:
+        w_rest = load_weight_groups(w_ptr, columns, n_size, main, K, GROUPS, GROUP_K_REST)
+    wait_for_previous(DEPENDENT)
+    x = load_activation_groups(x_ptr, rows, ROWS, 0, K, GROUPS, GROUP_K)
+    products = multiply_groups(w, x)
+    squares = squares_of_groups(x)
+    if GROUP_K_REST > 0:
+        x_rest = load_activation_groups(x_ptr, rows, ROWS, main, K, GROUPS, GROUP_K_REST)
+        products += multiply_groups(w_rest, x_rest)
+        squares += squares_of_groups(x_rest)
+    y = tl.sum(products, axis=0) * tl.rsqrt(squares / K + eps)[None, :]
     if HAS_BIAS:
         y += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)[:, None]
     tl.store(

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from nanovllm_core.kernels.checks import require_matrix, require_row_values
 from nanovllm_core.kernels.counter_random import race_scores, row_words
+from nanovllm_core.kernels.device import start_dependents
+from nanovllm_core.kernels.launch import launch_options
 from nanovllm_core.random import exponential_noise
 
 # 38 blocks a row for Qwen3's vocabulary: one row already spreads over a third of the SMs, and the
@@ -41,7 +43,9 @@ def _race_kernel(
     vocab_size,
     BLOCK: tl.constexpr,
     HAS_THRESHOLD: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    start_dependents(DEPENDENT)
     block = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     index = block * BLOCK + tl.arange(0, BLOCK)
@@ -61,7 +65,15 @@ def _race_kernel(
 
 
 @triton.jit
-def _final_kernel(best_scores_ptr, best_ids_ptr, token_ids_ptr, num_partials, BLOCK: tl.constexpr):
+def _final_kernel(
+    best_scores_ptr,
+    best_ids_ptr,
+    token_ids_ptr,
+    num_partials,
+    BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    start_dependents(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     best = tl.full([], float("-inf"), dtype=tl.float32)
     token = tl.load(best_ids_ptr + row * num_partials)
@@ -79,12 +91,18 @@ def _final_kernel(best_scores_ptr, best_ids_ptr, token_ids_ptr, num_partials, BL
     tl.store(token_ids_ptr + row, token)
 
 
-def reduce_race(best_scores: Tensor, best_ids: Tensor) -> Tensor:
+def reduce_race(best_scores: Tensor, best_ids: Tensor, *, dependent: bool = False) -> Tensor:
     """The id with the best score of each row: [rows, partials] each, to [rows] int32."""
     rows, num_partials = best_scores.shape
     token_ids = torch.empty(rows, dtype=torch.int32, device=best_scores.device)
     _final_kernel[(rows,)](
-        best_scores, best_ids, token_ids, num_partials, BLOCK=_FINAL_BLOCK, num_warps=4
+        best_scores,
+        best_ids,
+        token_ids,
+        num_partials,
+        BLOCK=_FINAL_BLOCK,
+        DEPENDENT=dependent,
+        **launch_options(4, 1, dependent),
     )
     return token_ids
 
@@ -109,6 +127,7 @@ def sample_tokens(
     positions: Tensor,
     *,
     threshold: Tensor | None = None,
+    dependent: bool = False,
 ) -> Tensor:
     """Draw one token per row.
 
@@ -118,6 +137,7 @@ def sample_tokens(
         seeds, positions: [rows] int64, the key of each row's random numbers.
         threshold: [rows] float32 or None; logits below it are excluded. At least one logit of each
             row must reach it.
+        dependent: programmatic dependent launch, see `rms_norm_linear`.
 
     Returns:
         [rows] int32 token ids.
@@ -146,9 +166,10 @@ def sample_tokens(
         vocab_size,
         BLOCK=_BLOCK,
         HAS_THRESHOLD=threshold is not None,
-        num_warps=8,
+        DEPENDENT=dependent,
+        **launch_options(8, 1, dependent),
     )
-    return reduce_race(best_scores, best_ids)
+    return reduce_race(best_scores, best_ids, dependent=dependent)
 
 
 def sample_tokens_reference(

@@ -59,14 +59,18 @@ def _gemv_kernel(
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     NORMED: tl.constexpr,
+    HOLDS_BACK: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = columns < n_size
     w_gate = load_weight_rows(w_ptr, columns, n_size, 0, K, K_PADDED)
     w_up = load_weight_rows(w_ptr + n_size.to(tl.int64) * K, columns, n_size, 0, K, K_PADDED)
-    launch_next(DEPENDENT)
+    if not HOLDS_BACK:
+        launch_next(DEPENDENT)
     fence_weight_loads(DEPENDENT)
+    if HOLDS_BACK:
+        launch_next(DEPENDENT)
     for row in tl.static_range(ROWS):
         x = load_activation_row(x_ptr, row, 0, K, K_PADDED)
         gate = multiply_rows(w_gate, x)
@@ -89,13 +93,16 @@ def _resident_kernel(
     K: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUP_K: tl.constexpr,
+    GROUP_K_REST: tl.constexpr,
     ROWS: tl.constexpr,
     ROWS_PADDED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     NORMED: tl.constexpr,
+    HOLDS_BACK: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    launch_next(DEPENDENT)
+    if not HOLDS_BACK:
+        launch_next(DEPENDENT)
     # One half of the block's weight rows are gates, the other half their partners.
     half: tl.constexpr = BLOCK_N // 2
     first = tl.program_id(0) * half
@@ -104,12 +111,23 @@ def _resident_kernel(
     weight_rows = tl.where(local < half, partners, partners + n_size)
     row_limit = tl.where(partners < n_size, 2 * n_size, 0)
     rows = tl.arange(0, ROWS_PADDED)
-    w = load_weight_groups(w_ptr, weight_rows, row_limit, K, GROUPS, GROUP_K)
+    w = load_weight_groups(w_ptr, weight_rows, row_limit, 0, K, GROUPS, GROUP_K)
+    main: tl.constexpr = GROUPS * GROUP_K
+    if GROUP_K_REST > 0:
+        w_rest = load_weight_groups(w_ptr, weight_rows, row_limit, main, K, GROUPS, GROUP_K_REST)
     wait_for_previous(DEPENDENT)
-    x = load_activation_groups(x_ptr, rows, ROWS, K, GROUPS, GROUP_K)
-    y = multiply_groups(w, x)
+    if HOLDS_BACK:
+        launch_next(DEPENDENT)
+    x = load_activation_groups(x_ptr, rows, ROWS, 0, K, GROUPS, GROUP_K)
+    products = multiply_groups(w, x)
+    squares = squares_of_groups(x)
+    if GROUP_K_REST > 0:
+        x_rest = load_activation_groups(x_ptr, rows, ROWS, main, K, GROUPS, GROUP_K_REST)
+        products += multiply_groups(w_rest, x_rest)
+        squares += squares_of_groups(x_rest)
+    y = tl.sum(products, axis=0)
     if NORMED:
-        y *= tl.rsqrt(squares_of_groups(x) / K + eps)[None, :]
+        y *= tl.rsqrt(squares / K + eps)[None, :]
     pairs = tl.reshape(y, [2, half, ROWS_PADDED])
     is_gate = (tl.arange(0, 2) == 0)[:, None, None]
     gate = tl.sum(tl.where(is_gate, pairs, 0.0), axis=0)
@@ -230,6 +248,7 @@ def silu_mul_linear(
             ROWS=rows,
             BLOCK_N=block_n,
             NORMED=eps is not None,
+            HOLDS_BACK=launch.gate_up_holds_back(rows),
             DEPENDENT=dependent,
             **config.options(dependent),
         )
@@ -241,6 +260,7 @@ def silu_mul_linear(
             n_size,
             0.0 if eps is None else eps,
             NORMED=eps is not None,
+            HOLDS_BACK=launch.gate_up_holds_back(rows),
             DEPENDENT=dependent,
             **config.shape(rows, k_size),
             **config.options(dependent),

@@ -31,6 +31,30 @@ def test_silu_and_mul_matches_its_definition(rows, intermediate, dtype, device):
     assert_close(silu_and_mul(gate_up), silu_and_mul_reference(gate_up))
 
 
+def row_scales(hidden):
+    """What an RMSNorm multiplies each row of hidden with: [rows, 1] float64."""
+    return torch.rsqrt(hidden.double().square().mean(dim=-1, keepdim=True) + EPS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "intermediate", "size"), [(1, 1024, 64), (3, 1500, 100)])
+def test_silu_and_mul_makes_up_for_a_norm_that_was_left_out(
+    rows, intermediate, size, dtype, device
+):
+    hidden = (5 * torch.randn(rows, size)).to(device, dtype)
+    gate_up = (20 * torch.randn(rows, 2 * intermediate)).to(device, dtype)
+    expected = silu_and_mul_reference(gate_up.double() * row_scales(hidden))
+    assert_close(silu_and_mul(gate_up, hidden, EPS), expected)
+
+
+def test_hidden_states_of_another_batch_are_refused(device):
+    gate_up = torch.zeros(2, 8, device=device)
+    with pytest.raises(KernelInputError, match=r"hidden must have shape \[2, any\], got \[3, 4\]"):
+        silu_and_mul(gate_up, torch.zeros(3, 4, device=device), EPS)
+    with pytest.raises(KernelInputError, match=r"hidden must be torch\.float32"):
+        silu_and_mul(gate_up, torch.zeros(2, 4, dtype=torch.float16, device=device), EPS)
+
+
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 def test_silu_of_very_negative_gates_is_zero(device):
     gate_up = torch.tensor([[-200.0, -1000.0, 1.0, 1.0]], device=device)
@@ -49,13 +73,14 @@ def rope_tables(max_len, head_dim, device):
     return angles.cos().float().to(device), angles.sin().float().to(device)
 
 
+@pytest.mark.parametrize("unscaled", [False, True])
 @pytest.mark.parametrize("normed", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("num_heads", "num_kv_heads", "head_dim"), [(16, 8, 128), (9, 3, 64), (2, 1, 48), (12, 12, 32)]
 )
 def test_qk_norm_rope_cache_writes_every_head_to_its_slot(
-    num_heads, num_kv_heads, head_dim, dtype, normed, device
+    num_heads, num_kv_heads, head_dim, dtype, normed, unscaled, device
 ):
     num_tokens, block_size, num_blocks = 5, 16, 4
     columns = (num_heads + 2 * num_kv_heads) * head_dim
@@ -69,17 +94,32 @@ def test_qk_norm_rope_cache_writes_every_head_to_its_slot(
     key_cache, value_cache = paged_cache(
         num_blocks, block_size, num_kv_heads, head_dim, dtype, device
     )
+    hidden = (5 * torch.randn(num_tokens, 100)).to(device, dtype) if unscaled else None
     query = qk_norm_rope_cache(
-        qkv, *weights, EPS, cos, sin, positions, slots, key_cache, value_cache, num_heads
+        qkv,
+        *weights,
+        EPS,
+        cos,
+        sin,
+        positions,
+        slots,
+        key_cache,
+        value_cache,
+        num_heads,
+        hidden=hidden,
     )
-    q, k, v = qkv.view(num_tokens, -1, head_dim).split(
+    complete = qkv.double() * row_scales(hidden) if unscaled else qkv
+    q, k, v = complete.view(num_tokens, -1, head_dim).split(
         [num_heads, num_kv_heads, num_kv_heads], dim=1
     )
     keys = key_cache.flatten(0, 1)
     values = value_cache.flatten(0, 1)
     assert_close(query, qk_norm_rope_reference(q, weights[0], EPS, cos, sin, positions))
     assert_close(keys[slots], qk_norm_rope_reference(k, weights[1], EPS, cos, sin, positions))
-    assert torch.equal(values[slots], v)
+    if unscaled:
+        assert_close(values[slots], v)
+    else:
+        assert torch.equal(values[slots], v)
     untouched = torch.ones(num_blocks * block_size, dtype=torch.bool)
     untouched[slots.cpu()] = False
     assert keys[untouched].isnan().all()

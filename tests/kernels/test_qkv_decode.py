@@ -26,8 +26,9 @@ CONFIGS = [
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [32, 48])
 @pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize("unscaled", [False, True])
 @pytest.mark.parametrize("config", CONFIGS, ids=["whole", "split", "early-split", "early-whole"])
-def test_equals_rotation_then_attention(dtype, head_dim, normed, config, device):
+def test_equals_rotation_then_attention(dtype, head_dim, normed, unscaled, config, device):
     lens = [1, 16, 37, 0, 48]
     num_seqs = len(lens)
     tables = torch.randperm(4 * num_seqs, device=device).to(torch.int32).view(num_seqs, 4)
@@ -38,6 +39,7 @@ def test_equals_rotation_then_attention(dtype, head_dim, normed, config, device)
     key, value = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
     expected_key, expected_value = key.clone(), value.clone()
     qkv = torch.randn(num_seqs, (HEADS + 2 * KV_HEADS) * head_dim, device=device).to(dtype)
+    hidden = 5 * torch.randn(num_seqs, 40, device=device).to(dtype) if unscaled else None
     weights = [torch.rand(head_dim, device=device).to(dtype) + 0.5 for _ in range(2)]
     q_weight, k_weight = weights if normed else (None, None)
     angles = torch.rand(64, head_dim // 2, device=device)
@@ -59,6 +61,7 @@ def test_equals_rotation_then_attention(dtype, head_dim, normed, config, device)
         HEADS,
         head_dim**-0.5,
         Workspace.allocate(*size, device),
+        hidden=hidden,
         config=config,
     )
 
@@ -75,6 +78,7 @@ def test_equals_rotation_then_attention(dtype, head_dim, normed, config, device)
         expected_key,
         expected_value,
         HEADS,
+        hidden=hidden[live] if unscaled else None,
     )
     reference = paged_attention_reference(
         query,
