@@ -9,9 +9,10 @@ Bytes moved: 2 N K for the weight, 2 rows K for x, 4 rows N for the residual in 
 one row: O (K = 2048, N = 1024) 4.2 MB, 1.4 us; down (K = 3072, N = 1024) 6.3 MB, 2.1 us at
 3.06 TB/s.
 
-N is small, so few-row launches give each block few whole weight rows (1024 rows are 256 blocks of
-4), and the tensor-core kernel splits K: split_k blocks store partial tiles, and the last to arrive
-adds them to the residual in the order of their index.
+N is small. One row gives each block few whole weight rows (1024 rows are 256 blocks of 4) in
+registers. Up to 16 rows a block holds 16 whole weight rows for the tensor cores, loaded before it
+waits for x. With more rows the kernel splits K: split_k blocks store partial tiles, and the last to
+arrive adds them to the residual in the order of their index.
 """
 
 # Triton writes compile-time parameters in capitals.

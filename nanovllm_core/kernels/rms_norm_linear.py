@@ -9,11 +9,11 @@ never exist. (RMSNorm: Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467
 Bytes moved: 2 N K for the weight and 2 rows (K + N) for x and y in bf16. Qwen3-0.6B's QKV
 (N = 4096, K = 1024) at one row: 8.4 MB, 2.7 us at 3.06 TB/s.
 
-For one row, a block holds whole weight rows in registers and multiplies them with plain FMA: all of
-a block's loads are in flight at once and no operand passes through shared memory. Up to 16 rows,
-where FMA would take longer than the loads, a block holds whole weight rows for the tensor cores.
-Above, tensor cores work on tiles, and up to 32 rows the squares are summed from the tiles that the
-product reads anyway.
+Up to 16 rows of 16-bit values a block holds whole weight rows for the tensor cores, loaded before
+it waits for x. Where rows of the weight are too long for that, and in float32, one row of x is
+multiplied with plain FMA: a block holds its part of the weight in registers, and no operand passes
+through shared memory. Above, tensor cores work on tiles, and up to 32 rows the squares are summed
+from the tiles that the product reads anyway.
 """
 
 # Triton writes compile-time parameters in capitals.

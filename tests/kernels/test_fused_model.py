@@ -224,11 +224,14 @@ def test_rows_out_of_blocks_or_of_length_or_padding_do_not_run(checkpoint, devic
     assert len(engine.known(0)) == 18
 
 
-def test_many_rows_take_the_same_path_as_few(checkpoint, device, monkeypatch):
+@pytest.mark.parametrize("norms", ["in the model's way", "of their own"])
+def test_many_rows_take_the_same_path_as_few(checkpoint, device, norms, monkeypatch):
     """The path of large batches, forced onto a small one."""
     plain = Engine(checkpoint, device, fused=False)
     fused = Engine(checkpoint, device, fused=True)
     monkeypatch.setattr(fused.model, "_max_fused_rows", 0)
+    if norms == "of their own":
+        monkeypatch.setattr(fused.model, "_scales_late", False)
     for slot, (tokens, blocks) in PROMPTS.items():
         plain.admit(slot, tokens, blocks)
         fused.admit(slot, tokens, blocks)
