@@ -136,7 +136,7 @@ class FusedModel:
         dependent = self.dependent
         for index, layer in enumerate(self._layers):
             mlp = layer.mlp
-            qkv, unscaled = self._project_qkv(hidden, layer)
+            qkv, unscaled = self._project_qkv(hidden, layer, is_first=index == 0)
             attended = self._attend(index, layer, qkv, batch, cache, attention, unscaled)
             linear_residual(
                 attended,
@@ -149,12 +149,19 @@ class FusedModel:
             linear_residual(gated, mlp.down.weight, hidden, self._workspace, dependent=dependent)
         return hidden
 
-    def _project_qkv(self, hidden: Tensor, layer: DecoderLayer) -> tuple[Tensor, Tensor | None]:
+    def _project_qkv(
+        self, hidden: Tensor, layer: DecoderLayer, *, is_first: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """The projection, and hidden if it lacks the norm's scale."""
         qkv, dependent = layer.attention.qkv, self.dependent
         if hidden.shape[0] <= MAX_FUSED_QKV_ROWS:
             projected = rms_norm_linear(
-                hidden, qkv.weight, self._eps, bias=qkv.bias, dependent=dependent
+                hidden,
+                qkv.weight,
+                self._eps,
+                bias=qkv.bias,
+                dependent=dependent,
+                starts_chain=is_first,
             )
             return projected, None
         if self._scales_qkv_late:

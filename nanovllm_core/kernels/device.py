@@ -27,8 +27,8 @@ def supports_dependent_launch(device: torch.device) -> bool:
 #
 # One kernel of every layer does the latter: gate-up or attention (`launch.gate_up_holds_back`). So
 # attention may read the iteration's lengths and block tables before its wait: they were written in
-# front of that kernel of the layer before. In the first layer they are there because the kernel
-# that writes them lets nothing start before it has ended.
+# front of that kernel of the layer before. In the first layer they are there because its QKV
+# projection starts the chain: it is launched after what writes them has ended.
 
 
 @triton.jit

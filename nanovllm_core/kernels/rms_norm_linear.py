@@ -185,6 +185,7 @@ def rms_norm_linear(
     out: Tensor | None = None,
     config: LinearConfig | None = None,
     dependent: bool = False,
+    starts_chain: bool = False,
 ) -> Tensor:
     """RMSNorm(x) @ W^T + bias, with the norm's weight already folded into W.
 
@@ -197,6 +198,8 @@ def rms_norm_linear(
         config: launch configuration; None takes `launch.RMS_NORM_LINEAR`'s.
         dependent: launch before the previous kernel has ended (programmatic dependent launch,
             compute capability 9.0); that kernel must not write folded_weight.
+        starts_chain: launch only after all work in front has ended; with `dependent` the next
+            kernel may still start early.
 
     Returns:
         [rows, N] of x's dtype.
@@ -219,6 +222,7 @@ def rms_norm_linear(
         return out
     if config is None:
         config = launch.choose(launch.RMS_NORM_LINEAR, rows, k_size, x.element_size())
+    launched_early = dependent and not starts_chain
     if isinstance(config, GemvConfig):
         k_padded = triton.next_power_of_2(k_size)
         block_n = config.fitted_block_n(k_padded)
@@ -235,7 +239,7 @@ def rms_norm_linear(
             BLOCK_N=block_n,
             HAS_BIAS=bias is not None,
             DEPENDENT=dependent,
-            **config.options(dependent),
+            **config.options(launched_early),
         )
     elif isinstance(config, ResidentConfig):
         _resident_kernel[(triton.cdiv(n_size, config.BLOCK_N),)](
@@ -248,7 +252,7 @@ def rms_norm_linear(
             HAS_BIAS=bias is not None,
             DEPENDENT=dependent,
             **config.shape(rows, k_size),
-            **config.options(dependent),
+            **config.options(launched_early),
         )
     else:
         grid = (triton.cdiv(rows, config.block_m) * triton.cdiv(n_size, config.block_n),)
@@ -267,7 +271,7 @@ def rms_norm_linear(
             GROUP_M=config.group_m,
             HAS_BIAS=bias is not None,
             DEPENDENT=dependent,
-            **config.options(dependent),
+            **config.options(launched_early),
         )
     return out
 

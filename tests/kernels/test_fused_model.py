@@ -12,9 +12,11 @@ from executor_service.model_runner import ModelRunner
 from executor_service.plan_reader import AdmitOrder, ExecutorLimits, PlanOrder, SlotSampling
 from executor_service.prefill_graphs import PrefillGraphs, token_sizes
 from executor_service.slots import Chunk, SlotTable
+from nanovllm_core import fused_model
 from nanovllm_core.attention import create_backend
 from nanovllm_core.config import ModelConfig
 from nanovllm_core.fused_model import FusedModel
+from nanovllm_core.kernels.rms_norm_linear import rms_norm_linear
 from nanovllm_core.kv_cache import KVCache
 from nanovllm_core.loader import load_model
 from tests.checkpoints import make_checkpoint
@@ -236,3 +238,17 @@ def test_many_rows_take_the_same_path_as_few(checkpoint, device, norms, monkeypa
         plain.admit(slot, tokens, blocks)
         fused.admit(slot, tokens, blocks)
         assert fused.token == plain.token
+
+
+def test_the_first_layer_is_launched_after_what_it_may_read_early(tmp_path, device, monkeypatch):
+    """Attention reads lengths and block tables before its wait, see `kernels/device.py`."""
+    engine = Engine(make_checkpoint(tmp_path, "qwen3", num_layers=2), device, fused=True)
+    starts = []
+
+    def recording(*args, **kwargs):
+        starts.append(kwargs["starts_chain"])
+        return rms_norm_linear(*args, **kwargs)
+
+    monkeypatch.setattr(fused_model, "rms_norm_linear", recording)
+    engine.admit(0, [3, 4, 5], [3])
+    assert starts == [True, False]
