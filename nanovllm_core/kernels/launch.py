@@ -18,7 +18,7 @@ attention above in batches of lengths as bench256 has them. The others were deri
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, TypeVar
 
 import torch
@@ -39,6 +39,10 @@ _MAX_RESIDENT_BYTES = 200 * 1024
 
 # Least depth of a product on tensor cores with operands of 16 bits.
 _MIN_DOT_K = 16
+
+# Bytes of keys that decode attention may take in one step, by the size of their type. With them its
+# blocks need 76 KiB of shared memory (compiled for sm_80); GPUs have 99 or more.
+_MAX_KEY_BYTES = {2: 64 * 1024, 4: 32 * 1024}
 
 # Largest number of rows of the LM head with sampling: its blocks keep all rows of x in registers
 # while they walk the vocabulary, and 8 rows spill.
@@ -194,6 +198,13 @@ class DecodeConfig:
         while splits < self.max_splits and splits * num_seqs * num_kv_heads < self.target_blocks:
             splits *= 2
         return min(splits, self.max_splits)
+
+    def fitted(self, block_d: int, itemsize: int) -> "DecodeConfig":
+        """With shorter steps and fewer warps, if keys of a step take more than they may."""
+        block_kv, num_warps = self.block_kv, self.num_warps
+        while block_kv > 16 and block_kv * block_d * itemsize > _MAX_KEY_BYTES[itemsize]:
+            block_kv, num_warps = block_kv // 2, max(1, num_warps // 2)
+        return replace(self, block_kv=block_kv, num_warps=num_warps)
 
     def options(self, dependent: bool) -> dict[str, object]:
         return launch_options(self.num_warps, self.num_stages, dependent)

@@ -323,10 +323,10 @@ def paged_decode_attention(
         require_shape("out", out, tuple(query.shape))
     if num_seqs == 0:
         return out
-    if config is None:
-        config = launch.choose_decode(num_seqs)
-    splits = config.num_splits(num_seqs, num_kv_heads)
     block_d = triton.next_power_of_2(head_dim)
+    if config is None:
+        config = launch.choose_decode(num_seqs).fitted(block_d, query.element_size())
+    splits = config.num_splits(num_seqs, num_kv_heads)
     buffers = split_buffers(
         "paged_decode_attention", num_seqs, num_heads, num_kv_heads, head_dim, config, workspace
     )

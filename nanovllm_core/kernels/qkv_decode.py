@@ -311,10 +311,10 @@ def qkv_decode_attention(
         raise KernelInputError("q_norm_weight and k_norm_weight must be given together")
     if num_seqs == 0:
         return out
-    if config is None:
-        config = launch.choose_decode(num_seqs)
-    splits = config.num_splits(num_seqs, num_kv_heads)
     block_d = triton.next_power_of_2(head_dim)
+    if config is None:
+        config = launch.choose_decode(num_seqs).fitted(block_d, qkv.element_size())
+    splits = config.num_splits(num_seqs, num_kv_heads)
     buffers = split_buffers(
         "qkv_decode_attention", num_seqs, num_heads, num_kv_heads, head_dim, config, workspace
     )

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from nanovllm_core.kernels.checks import KernelInputError
-from nanovllm_core.kernels.launch import DecodeConfig, PrefillConfig
+from nanovllm_core.kernels.launch import PAGED_DECODE, DecodeConfig, PrefillConfig, choose_decode
 from nanovllm_core.kernels.paged_decode import (
     paged_attention_reference,
     paged_decode_attention,
@@ -150,3 +150,12 @@ def test_block_sizes_that_the_kernels_cannot_walk_are_refused(block_size, device
     query = torch.zeros(1, 1, 32, device=device)
     with pytest.raises(KernelInputError, match=f"power of two and at least 16, got {block_size}"):
         paged_decode_attention(query, key, key, tables, lens, 1.0, config=decode_config(16, 1))
+
+
+def test_wide_heads_and_types_are_read_in_shorter_steps_with_fewer_warps():
+    config = choose_decode(4)
+    assert (config.block_kv, config.num_warps) == (256, 8)
+    assert config.fitted(128, 2) == config
+    assert (config.fitted(256, 2).block_kv, config.fitted(256, 2).num_warps) == (128, 4)
+    assert (config.fitted(128, 4).block_kv, config.fitted(128, 4).num_warps) == (64, 2)
+    assert all(each.fitted(128, 4).block_kv <= 64 for _, each in PAGED_DECODE)
