@@ -33,12 +33,11 @@ from nanovllm_core.kernels.device import (
 )
 from nanovllm_core.kernels.launch import GemvConfig, LinearConfig, ResidentConfig, TileConfig
 from nanovllm_core.kernels.linear_tiles import (
-    load_activation_groups,
     load_activation_row,
+    load_resident_weights,
     load_tile,
-    load_weight_groups,
     load_weight_rows,
-    multiply_groups,
+    multiply_resident,
     multiply_rows,
     tile_position,
 )
@@ -92,20 +91,13 @@ def _resident_kernel(
     launch_next(DEPENDENT)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.arange(0, ROWS_PADDED)
-    w = load_weight_groups(w_ptr, columns, n_size, 0, K, GROUPS, GROUP_K)
-    main: tl.constexpr = GROUPS * GROUP_K
-    if GROUP_K_REST > 0:
-        w_rest = load_weight_groups(w_ptr, columns, n_size, main, K, GROUPS, GROUP_K_REST)
+    w, w_rest = load_resident_weights(w_ptr, columns, n_size, K, GROUPS, GROUP_K, GROUP_K_REST)
     wait_for_previous(DEPENDENT)
     target = residual_ptr + rows[None, :] * n_size + columns[:, None]
     mask = (rows < ROWS)[None, :] & (columns < n_size)[:, None]
     y = tl.load(target, mask=mask, other=0.0).to(tl.float32)
-    x = load_activation_groups(x_ptr, rows, ROWS, 0, K, GROUPS, GROUP_K)
-    products = multiply_groups(w, x)
-    if GROUP_K_REST > 0:
-        x_rest = load_activation_groups(x_ptr, rows, ROWS, main, K, GROUPS, GROUP_K_REST)
-        products += multiply_groups(w_rest, x_rest)
-    y += tl.sum(products, axis=0)
+    product, _ = multiply_resident(w, w_rest, x_ptr, rows, ROWS, K, GROUPS, GROUP_K, GROUP_K_REST)
+    y += product
     tl.store(target, y.to(residual_ptr.dtype.element_ty), mask=mask)
 
 

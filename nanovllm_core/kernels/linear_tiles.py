@@ -48,58 +48,78 @@ def multiply_rows(w, x):
 
 
 @triton.jit
-def load_weight_groups(
+def load_resident_weights(
     w_ptr,
     rows,
     row_limit,
-    START: tl.constexpr,
     K: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUP_K: tl.constexpr,
+    GROUP_K_REST: tl.constexpr,
 ):
-    """Columns START and up of weight rows of K, in groups: [GROUPS, len(rows), GROUP_K]."""
-    columns = START + _group_columns(GROUPS, GROUP_K)[:, None, :]
-    return tl.load(
-        w_ptr + rows.to(tl.int64)[None, :, None] * K + columns,
-        mask=(rows < row_limit)[None, :, None] & (columns < K),
-        other=0.0,
-        eviction_policy="evict_first",
-    )
+    """Whole weight rows in groups of K, zero outside: two [GROUPS, len(rows), columns].
+
+    The first has GROUP_K columns a group, the second GROUP_K_REST of what is left of K. Where
+    nothing is left, the second is the first.
+    """
+    at = w_ptr + rows.to(tl.int64)[None, :, None] * K
+    inside = (rows < row_limit)[None, :, None]
+    w = _load_groups(at, inside, 0, K, GROUPS, GROUP_K, 1, "evict_first")
+    rest = w
+    if GROUP_K_REST > 0:
+        rest = _load_groups(at, inside, GROUPS * GROUP_K, K, GROUPS, GROUP_K_REST, 1, "evict_first")
+    return w, rest
 
 
 @triton.jit
-def load_activation_groups(
+def multiply_resident(
+    w,
+    w_rest,
     x_ptr,
     rows,
     row_limit,
+    K: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP_K: tl.constexpr,
+    GROUP_K_REST: tl.constexpr,
+):
+    """The weights of `load_resident_weights` @ x^T for rows of x, on tensor cores in float32.
+
+    Returns:
+        [weight rows, len(rows)], and the sum of squares of each row of x, [len(rows)].
+    """
+    at = x_ptr + rows[None, None, :] * K
+    inside = (rows < row_limit)[None, None, :]
+    x = _load_groups(at, inside, 0, K, GROUPS, GROUP_K, 2, "")
+    products = tl.dot(w, x, input_precision="ieee")
+    squares = _squares_of_groups(x)
+    if GROUP_K_REST > 0:
+        x_rest = _load_groups(at, inside, GROUPS * GROUP_K, K, GROUPS, GROUP_K_REST, 2, "")
+        products += tl.dot(w_rest, x_rest, input_precision="ieee")
+        squares += _squares_of_groups(x_rest)
+    return tl.sum(products, axis=0), squares
+
+
+@triton.jit
+def _load_groups(
+    row_ptrs,
+    inside,
     START: tl.constexpr,
     K: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUP_K: tl.constexpr,
+    ROW_AXIS: tl.constexpr,
+    EVICTION: tl.constexpr,
 ):
-    """Rows of x as `load_weight_groups` cuts K, transposed: [GROUPS, GROUP_K, len(rows)]."""
-    columns = START + _group_columns(GROUPS, GROUP_K)[:, :, None]
-    return tl.load(
-        x_ptr + rows[None, None, :] * K + columns,
-        mask=(rows < row_limit)[None, None, :] & (columns < K),
-        other=0.0,
-    )
+    """Columns START and up of rows of K, in groups; rows lie along axis 1 or 2."""
+    columns = START + tl.arange(0, GROUPS)[:, None] * GROUP_K + tl.arange(0, GROUP_K)[None, :]
+    columns = tl.expand_dims(columns, ROW_AXIS)
+    mask = inside & (columns < K)
+    return tl.load(row_ptrs + columns, mask=mask, other=0.0, eviction_policy=EVICTION)
 
 
 @triton.jit
-def _group_columns(GROUPS: tl.constexpr, GROUP_K: tl.constexpr):
-    return tl.arange(0, GROUPS)[:, None] * GROUP_K + tl.arange(0, GROUP_K)[None, :]
-
-
-@triton.jit
-def multiply_groups(w, x):
-    """w @ x group by group on tensor cores, in float32: [GROUPS, weight rows, rows of x]."""
-    return tl.dot(w, x, input_precision="ieee")
-
-
-@triton.jit
-def squares_of_groups(x):
-    """Sum of squares of each row of x: float32 [rows]."""
+def _squares_of_groups(x):
     wide = x.to(tl.float32)
     return tl.sum(tl.sum(wide * wide, axis=1), axis=0)
 

@@ -171,10 +171,9 @@ def _qkv_decode_kernel(
         tile_mask = (positions < end)[:, None] & (dims < HEAD_DIM)[None, :]
         early_k = tl.load(key_ptr + offsets, mask=tile_mask, other=0.0)
         early_v = tl.load(value_ptr + offsets, mask=tile_mask, other=0.0)
+        wait_for_previous(DEPENDENT)
         if HOLDS_BACK:
-            start_dependents(DEPENDENT)
-        else:
-            wait_for_previous(DEPENDENT)
+            launch_next(DEPENDENT)
     num_heads: tl.constexpr = NUM_KV_HEADS * GROUP
     scale = 1.0
     if HIDDEN > 0:

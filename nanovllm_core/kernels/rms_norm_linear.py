@@ -35,14 +35,12 @@ from nanovllm_core.kernels.device import (
 from nanovllm_core.kernels.launch import GemvConfig, LinearConfig, ResidentConfig
 from nanovllm_core.kernels.linear_tiles import (
     inverse_rms,
-    load_activation_groups,
     load_activation_row,
+    load_resident_weights,
     load_tile,
-    load_weight_groups,
     load_weight_rows,
-    multiply_groups,
+    multiply_resident,
     multiply_rows,
-    squares_of_groups,
     squares_of_rows,
     tile_position,
 )
@@ -109,19 +107,10 @@ def _resident_kernel(
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = columns < n_size
     rows = tl.arange(0, ROWS_PADDED)
-    w = load_weight_groups(w_ptr, columns, n_size, 0, K, GROUPS, GROUP_K)
-    main: tl.constexpr = GROUPS * GROUP_K
-    if GROUP_K_REST > 0:
-        w_rest = load_weight_groups(w_ptr, columns, n_size, main, K, GROUPS, GROUP_K_REST)
+    w, w_rest = load_resident_weights(w_ptr, columns, n_size, K, GROUPS, GROUP_K, GROUP_K_REST)
     wait_for_previous(DEPENDENT)
-    x = load_activation_groups(x_ptr, rows, ROWS, 0, K, GROUPS, GROUP_K)
-    products = multiply_groups(w, x)
-    squares = squares_of_groups(x)
-    if GROUP_K_REST > 0:
-        x_rest = load_activation_groups(x_ptr, rows, ROWS, main, K, GROUPS, GROUP_K_REST)
-        products += multiply_groups(w_rest, x_rest)
-        squares += squares_of_groups(x_rest)
-    y = tl.sum(products, axis=0) * tl.rsqrt(squares / K + eps)[None, :]
+    y, squares = multiply_resident(w, w_rest, x_ptr, rows, ROWS, K, GROUPS, GROUP_K, GROUP_K_REST)
+    y *= tl.rsqrt(squares / K + eps)[None, :]
     if HAS_BIAS:
         y += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)[:, None]
     tl.store(

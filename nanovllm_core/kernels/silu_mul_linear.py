@@ -34,14 +34,12 @@ from nanovllm_core.kernels.device import (
 from nanovllm_core.kernels.launch import GemvConfig, LinearConfig, ResidentConfig, TileConfig
 from nanovllm_core.kernels.linear_tiles import (
     inverse_rms,
-    load_activation_groups,
     load_activation_row,
+    load_resident_weights,
     load_tile,
-    load_weight_groups,
     load_weight_rows,
-    multiply_groups,
+    multiply_resident,
     multiply_rows,
-    squares_of_groups,
     squares_of_rows,
     tile_position,
 )
@@ -111,21 +109,13 @@ def _resident_kernel(
     weight_rows = tl.where(local < half, partners, partners + n_size)
     row_limit = tl.where(partners < n_size, 2 * n_size, 0)
     rows = tl.arange(0, ROWS_PADDED)
-    w = load_weight_groups(w_ptr, weight_rows, row_limit, 0, K, GROUPS, GROUP_K)
-    main: tl.constexpr = GROUPS * GROUP_K
-    if GROUP_K_REST > 0:
-        w_rest = load_weight_groups(w_ptr, weight_rows, row_limit, main, K, GROUPS, GROUP_K_REST)
+    w, w_rest = load_resident_weights(
+        w_ptr, weight_rows, row_limit, K, GROUPS, GROUP_K, GROUP_K_REST
+    )
     wait_for_previous(DEPENDENT)
     if HOLDS_BACK:
         launch_next(DEPENDENT)
-    x = load_activation_groups(x_ptr, rows, ROWS, 0, K, GROUPS, GROUP_K)
-    products = multiply_groups(w, x)
-    squares = squares_of_groups(x)
-    if GROUP_K_REST > 0:
-        x_rest = load_activation_groups(x_ptr, rows, ROWS, main, K, GROUPS, GROUP_K_REST)
-        products += multiply_groups(w_rest, x_rest)
-        squares += squares_of_groups(x_rest)
-    y = tl.sum(products, axis=0)
+    y, squares = multiply_resident(w, w_rest, x_ptr, rows, ROWS, K, GROUPS, GROUP_K, GROUP_K_REST)
     if NORMED:
         y *= tl.rsqrt(squares / K + eps)[None, :]
     pairs = tl.reshape(y, [2, half, ROWS_PADDED])

@@ -4,6 +4,8 @@ The metrics server's thread reads while the event loop writes. Every value is on
 replaced as a whole, and objects that may go away are fetched once.
 """
 
+from collections.abc import Iterable
+
 from scheduler_service.block_manager import BlockManager
 from scheduler_service.executors.fleet import Fleet, MoveReason
 from scheduler_service.executors.member import Member
@@ -54,15 +56,12 @@ class FleetLoad:
     @property
     def capacities(self) -> list[ExecutorCapacity]:
         """What each connected executor can hold."""
-        found = [member.scheduler.capacity for member in self._fleet.members]
-        return [capacity for capacity in found if capacity is not None]
+        return _capacities(self._fleet.members)
 
     @property
     def open_capacities(self) -> list[ExecutorCapacity]:
         """What each executor that takes sequences can hold; of all connected ones if none does."""
-        members = self._fleet.takers() or self._fleet.members
-        found = [member.scheduler.capacity for member in members]
-        return [capacity for capacity in found if capacity is not None]
+        return _capacities(self._fleet.takers() or self._fleet.members)
 
     @property
     def blocks(self) -> list[BlockManager]:
@@ -117,3 +116,8 @@ class FleetLoad:
         total = sum(each.num_blocks * each.block_size for each in blocks)
         owned = sum(each.num_owned * each.block_size for each in blocks)
         return owned / total if total else 0.0
+
+
+def _capacities(members: Iterable[Member]) -> list[ExecutorCapacity]:
+    found = (member.scheduler.capacity for member in members)
+    return [capacity for capacity in found if capacity is not None]
