@@ -24,6 +24,7 @@ from nanovllm_core.kernels.paged_prefill import (
     tokens_per_tile,
 )
 from nanovllm_core.kernels.qk_norm_rope_cache import qk_norm_rope_cache
+from nanovllm_core.kernels.qkv_decode import qkv_decode_attention
 from nanovllm_core.kernels.rms_norm_linear import rms_norm_linear
 from nanovllm_core.kernels.sampling import sample_tokens
 from nanovllm_core.kernels.silu_and_mul import silu_and_mul
@@ -360,7 +361,7 @@ def lm_head_case(rows: int) -> Case:
 
 
 def layers_case(rows: int, context: int, workspace: Workspace, dependent: bool) -> Case:
-    """All decoder layers of one decode step; the bytes are the weights and the cache."""
+    """All decoder layers of one decode step, as for few rows; bytes of weights and cache."""
     page = 64
     pages = -(-context // page)
     norm = torch.ones(HEAD_DIM, device="cuda", dtype=torch.bfloat16)
@@ -388,9 +389,11 @@ def layers_case(rows: int, context: int, workspace: Workspace, dependent: bool) 
         hidden, layers = s
 
         def run() -> Tensor:
-            for w_qkv, w_o, w_gate_up, w_down, key, value in layers:
-                qkv = rms_norm_linear(hidden, w_qkv, EPS, dependent=dependent)
-                query = qk_norm_rope_cache(
+            for index, (w_qkv, w_o, w_gate_up, w_down, key, value) in enumerate(layers):
+                qkv = rms_norm_linear(
+                    hidden, w_qkv, EPS, dependent=dependent, starts_chain=index == 0
+                )
+                attended = qkv_decode_attention(
                     qkv,
                     norm,
                     norm,
@@ -401,11 +404,12 @@ def layers_case(rows: int, context: int, workspace: Workspace, dependent: bool) 
                     slots,
                     key,
                     value,
+                    tables,
+                    lens,
                     HEADS,
+                    SCALE,
+                    workspace,
                     dependent=dependent,
-                )
-                attended = paged_decode_attention(
-                    query, key, value, tables, lens, SCALE, workspace, dependent=dependent
                 )
                 linear_residual(
                     attended.view(rows, -1), w_o, hidden, workspace, dependent=dependent

@@ -148,6 +148,8 @@ def tune(rows: int, context: int) -> Iterable[dict[str, Any]]:
         "LINEAR_RESIDUAL": few + (tiles(1, split=True) if rows > 2 else []),
         "PAGED_DECODE": _DECODE,
     }
+    # The table of this GPU, in the place where all tables are varied.
+    launch.PAGED_DECODE, launch.PAGED_DECODE_ON = launch.decode_table(), {}
     step = DecodeStep(rows, context)
     best_us = step.time_us()
     yield {"table": "as in launch.py", "config": "", "step_us": best_us}

@@ -141,7 +141,7 @@ def _draw(logits: Tensor, greedy: Tensor, batch: SamplingBatch) -> Tensor:
 
 
 def _draw_on_gpu(logits: Tensor, batch: SamplingBatch) -> Tensor:
-    """`_draw` without sorting, in two passes over the logits and two more for filters."""
+    """`_draw` without sorting, in two passes over the logits and at most four more for filters."""
     from nanovllm_core.kernels.filter_threshold import filter_thresholds
     from nanovllm_core.kernels.sampling import sample_tokens
 

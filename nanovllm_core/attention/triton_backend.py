@@ -150,7 +150,7 @@ class TritonBackend(AttentionBackend):
 
 def _decode_workspace(config: ModelConfig, device: torch.device) -> Workspace:
     """Large enough for every number of sequences: few are split many ways, many not at all."""
-    most_split = max(each.target_blocks for _, each in launch.PAGED_DECODE)
+    most_split = max(each.target_blocks for _, each in launch.decode_table())
     sizes = [
         paged_decode_workspace_size(
             num_seqs,

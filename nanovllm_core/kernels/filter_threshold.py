@@ -5,17 +5,15 @@ keeps what is at least the k-th largest; top_p then keeps, of that set, what is 
 t whose set {logit >= t} has top_p of its mass; min_p keeps what has min_p of the largest
 probability. Ties with a threshold are all kept. A row's temperature matters to top_p and min_p.
 
-Both thresholds are found by bisection on the logits' bit patterns, read as integers that order like
-the floats: at most 32 rounds of counting, and fewer the closer the bounds lie.
+Where the caller knows that every row with top_k or top_p has a small top_k, few candidates decide.
+The vocabulary is cut into groups of 128; the k-th largest of the groups' maxima bounds the k-th
+largest logit from below, so only groups whose maximum reaches that bound can hold any of the k
+largest: k groups, and those tied with the bound. One pass over the logits (4 V bytes a row) takes
+the maxima, spread over the device; a second kernel reads 4 V / 128 bytes of maxima and the
+candidates, and finds both thresholds in registers, by bisection on the logits' bit patterns, read
+as integers that order like the floats.
 
-Where the caller knows that every row with top_k or top_p has a small top_k, the rounds run over few
-candidates in registers. The vocabulary is cut into groups of 128; the k-th largest of the groups'
-maxima bounds the k-th largest logit from below, so only groups whose maximum reaches that bound can
-hold any of the k largest: k groups, and those tied with the bound. One pass over the logits (4 V
-bytes a row) takes the maxima, spread over the device; a second kernel reads 4 V / 128 bytes of
-maxima and the candidates.
-
-Otherwise each round reads the row, from the L2 cache: 4 V bytes and some 25 rounds per filter.
+Otherwise `row_threshold` searches whole rows, in four passes spread over the device.
 """
 
 # Triton writes compile-time parameters in capitals.
@@ -27,25 +25,14 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm_core.kernels.checks import require_dtype, require_matrix, require_row_values
+from nanovllm_core.kernels.row_brackets import float_of_key, ordered_key, with_min_p
+from nanovllm_core.kernels.row_threshold import row_thresholds
 
 _GROUP = 128
 # Groups per block of the maxima kernel: 4096 logits, as in the race kernel.
 _GROUPS_PER_BLOCK = 32
 # With 2 * 64 candidate groups of 128, each of 256 threads holds 64 logits.
 MAX_CANDIDATE_TOP_K = 64
-_ROW_BLOCK = 8192
-
-
-@triton.jit
-def _ordered_key(x):
-    """int32 that orders like float32 x: negative floats have their magnitude bits flipped."""
-    bits = x.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def _float_of_key(key):
-    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -63,14 +50,6 @@ def _kth_largest(keys, k, low, high):
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle)
     return low
-
-
-@triton.jit
-def _with_min_p(threshold, row_max, temperature, min_p):
-    """The higher of threshold and the logit that has min_p of the largest probability."""
-    applies = (min_p > 0.0) & (temperature > 0.0)
-    bound = row_max + temperature * tl.log(tl.where(applies, min_p, 1.0))
-    return tl.where(applies, tl.maximum(threshold, bound), threshold)
 
 
 @triton.jit
@@ -113,8 +92,8 @@ def _candidate_threshold_kernel(
     row_max = tl.max(maxima, axis=0)
     threshold = float("-inf")
     if (temperature > 0.0) & (top_k > 0) & (top_k < vocab_size):
-        keys = _ordered_key(maxima)
-        max_key = _ordered_key(row_max)
+        keys = ordered_key(maxima)
+        max_key = ordered_key(row_max)
         lowest = tl.min(tl.where(inside, keys, max_key), axis=0)
         bound = _kth_largest(keys[None, :], min(top_k, num_groups), lowest, max_key + 1)
         above = inside & (keys > bound)
@@ -136,9 +115,9 @@ def _candidate_threshold_kernel(
         logits = tl.load(
             logits_ptr + row * vocab_size + index, mask=index < vocab_size, other=float("-inf")
         )
-        keys = _ordered_key(logits)
+        keys = ordered_key(logits)
         # Fewer groups than top_k bound nothing, but then all of them are candidates.
-        lowest = _ordered_key(tl.full([], float("-inf"), dtype=tl.float32))
+        lowest = ordered_key(tl.full([], float("-inf"), dtype=tl.float32))
         bound = tl.where(top_k <= num_groups, bound, lowest)
         low = _kth_largest(keys, top_k, bound, max_key + 1)
         top_p = tl.load(top_p_ptr + row)
@@ -153,80 +132,8 @@ def _candidate_threshold_kernel(
                 enough = mass >= wanted
                 low = tl.where(enough, middle, low)
                 high = tl.where(enough, high, middle)
-        threshold = _float_of_key(low)
-    threshold = _with_min_p(threshold, row_max, temperature, tl.load(min_p_ptr + row))
-    tl.store(threshold_ptr + row, threshold)
-
-
-@triton.jit
-def _row_count(row_ptr, vocab_size, key, BLOCK: tl.constexpr):
-    """How many logits of a row have a key of at least `key`."""
-    counts = tl.zeros([BLOCK], dtype=tl.int32)
-    for start in range(0, vocab_size, BLOCK):
-        index = start + tl.arange(0, BLOCK)
-        inside = index < vocab_size
-        logits = tl.load(row_ptr + index, mask=inside, other=0.0)
-        counts += (inside & (_ordered_key(logits) >= key)).to(tl.int32)
-    return tl.sum(counts, axis=0)
-
-
-@triton.jit
-def _row_mass(row_ptr, vocab_size, key, row_max, temperature, BLOCK: tl.constexpr):
-    """Mass, relative to the largest logit's, of the logits with a key of at least `key`."""
-    total = tl.zeros([BLOCK], dtype=tl.float32)
-    for start in range(0, vocab_size, BLOCK):
-        index = start + tl.arange(0, BLOCK)
-        logits = tl.load(row_ptr + index, mask=index < vocab_size, other=float("-inf"))
-        masses = tl.exp((logits - row_max) / temperature)
-        total += tl.where(_ordered_key(logits) >= key, masses, 0.0)
-    return tl.sum(total, axis=0)
-
-
-@triton.jit
-def _row_threshold_kernel(
-    logits_ptr,
-    temperature_ptr,
-    top_k_ptr,
-    top_p_ptr,
-    min_p_ptr,
-    threshold_ptr,
-    vocab_size,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    row_ptr = logits_ptr + row * vocab_size
-    temperature = tl.load(temperature_ptr + row)
-    top_k = tl.load(top_k_ptr + row)
-    top_p = tl.load(top_p_ptr + row)
-    min_p = tl.load(min_p_ptr + row)
-    threshold = float("-inf")
-    has_top_k = (top_k > 0) & (top_k < vocab_size)
-    if (temperature > 0.0) & (has_top_k | (top_p < 1.0) | (min_p > 0.0)):
-        maxima = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
-        for start in range(0, vocab_size, BLOCK):
-            index = start + tl.arange(0, BLOCK)
-            logits = tl.load(row_ptr + index, mask=index < vocab_size, other=float("-inf"))
-            maxima = tl.maximum(maxima, logits)
-        row_max = tl.max(maxima, axis=0)
-        above_max = _ordered_key(row_max) + 1
-        low = _ordered_key(tl.full([], float("-inf"), dtype=tl.float32))
-        if has_top_k:
-            high = above_max
-            while high > low + 1:
-                middle = _middle(low, high)
-                enough = _row_count(row_ptr, vocab_size, middle, BLOCK) >= top_k
-                low = tl.where(enough, middle, low)
-                high = tl.where(enough, high, middle)
-        if top_p < 1.0:
-            wanted = top_p * _row_mass(row_ptr, vocab_size, low, row_max, temperature, BLOCK)
-            high = above_max
-            while high > low + 1:
-                middle = _middle(low, high)
-                mass = _row_mass(row_ptr, vocab_size, middle, row_max, temperature, BLOCK)
-                enough = mass >= wanted
-                low = tl.where(enough, middle, low)
-                high = tl.where(enough, high, middle)
-        threshold = _with_min_p(_float_of_key(low), row_max, temperature, min_p)
+        threshold = float_of_key(low)
+    threshold = with_min_p(threshold, row_max, temperature, tl.load(min_p_ptr + row))
     tl.store(threshold_ptr + row, threshold)
 
 
@@ -264,22 +171,11 @@ def filter_thresholds(
     require_row_values("top_k", top_k, rows, torch.int32)
     require_row_values("top_p", top_p, rows, torch.float32)
     require_row_values("min_p", min_p, rows, torch.float32)
-    threshold = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows == 0:
-        return threshold
+        return torch.empty(0, dtype=torch.float32, device=logits.device)
     if not 0 < max_top_k <= MAX_CANDIDATE_TOP_K:
-        _row_threshold_kernel[(rows,)](
-            logits,
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            threshold,
-            vocab_size,
-            BLOCK=_ROW_BLOCK,
-            num_warps=16,
-        )
-        return threshold
+        return row_thresholds(logits, temperature, top_k, top_p, min_p)
+    threshold = torch.empty(rows, dtype=torch.float32, device=logits.device)
     num_groups = triton.cdiv(vocab_size, _GROUP)
     candidates = max(16, triton.next_power_of_2(2 * max_top_k))
     maxima = torch.empty(rows, num_groups, dtype=torch.float32, device=logits.device)

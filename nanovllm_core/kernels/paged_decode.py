@@ -305,7 +305,7 @@ def paged_decode_attention(
         scale: factor on the scores, usually head_dim^(-1/2).
         workspace: needed where the launch splits the context, see `paged_decode_workspace_size`.
         out: [num_seqs, num_heads, head_dim] to write to; allocated when None.
-        config: launch configuration; None takes `launch.PAGED_DECODE`'s.
+        config: launch configuration; None takes `launch.choose_decode`'s.
         dependent: programmatic dependent launch, see `rms_norm_linear`.
 
     Returns:

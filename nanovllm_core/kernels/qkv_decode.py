@@ -286,7 +286,7 @@ def qkv_decode_attention(
         scale: factor on the scores.
         workspace: needed where the launch splits the context, see `paged_decode_workspace_size`.
         hidden: what qkv lacks the scale of, as in `qk_norm_rope_cache`.
-        config: launch configuration; None takes `launch.PAGED_DECODE`'s.
+        config: launch configuration; None takes `launch.choose_decode`'s.
         dependent: programmatic dependent launch, see `rms_norm_linear`.
 
     Returns:

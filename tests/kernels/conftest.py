@@ -6,6 +6,7 @@ tested on the GPU only.
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,15 @@ if not torch.cuda.is_available():
             del sys.modules[_name]
 
 pytest.importorskip("triton", reason="the kernels need triton")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where there is a GPU, all kernel tests are GPU tests, not only those that need one."""
+    if torch.cuda.is_available():
+        for item in items:
+            if item.path.is_relative_to(Path(__file__).parent):
+                item.add_marker("gpu")
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,15 @@ import numpy as np
 import pytest
 import torch
 
+from nanovllm_core.kernels import launch
 from nanovllm_core.kernels.checks import KernelInputError
-from nanovllm_core.kernels.launch import PAGED_DECODE, DecodeConfig, PrefillConfig, choose_decode
+from nanovllm_core.kernels.launch import (
+    PAGED_DECODE,
+    PAGED_DECODE_ON,
+    DecodeConfig,
+    PrefillConfig,
+    choose_decode,
+)
 from nanovllm_core.kernels.paged_decode import (
     paged_attention_reference,
     paged_decode_attention,
@@ -158,4 +165,21 @@ def test_wide_heads_and_types_are_read_in_shorter_steps_with_fewer_warps():
     assert config.fitted(128, 2) == config
     assert (config.fitted(256, 2).block_kv, config.fitted(256, 2).num_warps) == (128, 4)
     assert (config.fitted(128, 4).block_kv, config.fitted(128, 4).num_warps) == (64, 2)
-    assert all(each.fitted(128, 4).block_kv <= 64 for _, each in PAGED_DECODE)
+
+
+@pytest.mark.parametrize("table", [PAGED_DECODE, *PAGED_DECODE_ON.values()])
+def test_every_table_has_an_entry_for_any_number_of_sequences_that_fits_wide_keys(table):
+    limits = [limit for limit, _ in table]
+    assert limits == sorted(set(limits))
+    assert limits[-1] > 1 << 20
+    assert all(each.fitted(128, 4).block_kv <= 64 for _, each in table)
+
+
+def test_a_gpu_with_a_table_of_its_own_gets_its_entries(monkeypatch):
+    monkeypatch.setattr(launch, "_gpu_name", lambda: "NVIDIA H200")
+    assert launch.decode_table() is PAGED_DECODE_ON["H200"]
+    assert choose_decode(8).block_kv == 256
+    assert choose_decode(256).num_warps == 1
+    monkeypatch.setattr(launch, "_gpu_name", lambda: "NVIDIA H100 80GB HBM3")
+    assert launch.decode_table() is PAGED_DECODE
+    assert choose_decode(8).block_kv == 128
