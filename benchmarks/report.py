@@ -13,7 +13,7 @@ from nanovllm.load import LoadReport
 
 _HEAD = (
     f"{'workload':<12}{'out tok/s':>11}{'min':>10}{'max':>10}{'wall s':>9}"
-    f"{'TTFT p50':>10}{'p99':>9}{'ITL p50':>9}{'p99':>9}{'idle':>8}"
+    f"{'TTFT p50':>10}{'p99':>9}{'ITL p50':>9}{'p99':>9}{'tok/delta':>10}{'idle':>8}"
 )
 _LATENCY_NOTE = "latencies in ms, medians over the runs; idle: device idle while work existed"
 
@@ -110,6 +110,9 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
 def _row(result: Result) -> str:
     rates = [run.report.output_tokens_per_s for run in result.runs]
     idle = result.idle_share
+    tokens_per_delta = result.median(
+        lambda report: report.num_output_tokens / report.num_deltas if report.num_deltas else None
+    )
     return (
         f"{result.workload.name:<12}{result.tokens_per_s:>11.1f}{min(rates):>10.1f}"
         f"{max(rates):>10.1f}{result.median(lambda report: report.duration_s):>9.2f}"
@@ -117,6 +120,7 @@ def _row(result: Result) -> str:
         + _ms(result.median(lambda report: report.ttft_s.p99 if report.ttft_s else None), 9)
         + _ms(result.median(lambda report: report.itl_s.p50 if report.itl_s else None), 9)
         + _ms(result.median(lambda report: report.itl_s.p99 if report.itl_s else None), 9)
+        + (f"{'n/a':>10}" if tokens_per_delta is None else f"{tokens_per_delta:>10.1f}")
         + (f"{'n/a':>8}" if idle is None else f"{idle:>8.2%}")
     )
 

@@ -27,7 +27,7 @@ async def measure(
         RequestsFailedError: A request failed.
         NanovllmError: The server does not answer.
     """
-    async with AsyncClient(address) as client:
+    async with AsyncClient(address, share_call=options.share_call) as client:
         info = await client.model_info()
         results = []
         for workload in workloads(options, info.vocab_size, info.max_model_len):

@@ -43,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(
         f"{server['model']['name']} through gRPC, {executor.get('dtype')} on "
         f"{executor.get('device')}, attention {executor.get('attention_backend')}, "
-        f"text {'off' if options.no_text else 'on'}, scale {options.scale:g}"
+        f"text {'off' if options.no_text else 'on'}, scale {options.scale:g}, "
+        f"{'one call for all requests' if options.share_call else 'a call for each request'}"
     )
     print(machine_line(machine))
     print(format_table(results))
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "server": server,
             "parameters": {
                 name: getattr(options, name)
-                for name in ("scale", "runs", "no_warm_up", "no_text", "address")
+                for name in ("scale", "runs", "no_warm_up", "no_text", "address", "share_call")
             }
             | {"executor_args": options.executor_arg, "scheduler_args": options.scheduler_arg},
             "results": [result.as_dict() for result in results],
@@ -76,6 +77,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--no-text", action="store_true", help="token ids only: the server does not detokenize"
+    )
+    parser.add_argument(
+        "--share-call",
+        action="store_true",
+        help="all requests in one call of GenerateMany instead of one of Generate each",
     )
     add_engine_options(parser)
     add_workload_options(parser)

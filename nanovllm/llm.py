@@ -225,7 +225,7 @@ class _LoopThread:
 
 
 async def _connect(address: str, token: str | None, tls: TlsConfig | None) -> AsyncClient:
-    return AsyncClient(address, token=token, tls=tls)
+    return AsyncClient(address, token=token, tls=tls, share_call=True)
 
 
 async def _complete_all(

@@ -177,17 +177,22 @@ class Engine:
         try:
             while True:
                 request.changed.clear()
-                if request.error is not None:
-                    raise request.error
-                for completion in request.completions:
-                    delta = completion.take_delta()
-                    if delta is not None:
-                        yield delta
-                if all(completion.finished_sent for completion in request.completions):
+                for delta in self.new_deltas(request):
+                    yield delta
+                if request.is_answered:
                     return
                 await self._wait(request, deadline_s)
         finally:
-            self._end(request, FinishReason.ABORT)
+            self.end(request)
+
+    def new_deltas(self, request: LiveRequest) -> Iterator[Delta]:
+        """Takes what is new of each completion. Raises RequestError if the request failed."""
+        if request.error is not None:
+            raise request.error
+        for completion in request.completions:
+            delta = completion.take_delta()
+            if delta is not None:
+                yield delta
 
     async def _wait(self, request: LiveRequest, deadline_s: float | None) -> None:
         if deadline_s is None:
@@ -197,7 +202,13 @@ class Engine:
             async with asyncio.timeout(deadline_s - time.monotonic()):
                 await request.changed.wait()
         except TimeoutError as error:
-            raise DeadlineError("the deadline of the call passed") from error
+            raise _deadline_error() from error
+
+    def expire(self, request: LiveRequest) -> None:
+        """Ends a request whose deadline has passed as `deltas` would, with the same error."""
+        request.error = _deadline_error()
+        self._finish_all(request, FinishReason.ABORT)
+        self._tell(request)
 
     def abort(self, request_id: str, owner: str = "") -> bool:
         """Ends a live request; its stream gets terminal deltas. Returns whether there was one."""
@@ -210,7 +221,7 @@ class Engine:
         if request is None:
             return False
         self._finish_all(request, FinishReason.ABORT)
-        self._deliveries.tell(request)
+        self._tell(request)
         return True
 
     def check_arrival(self, key: RequestKey, client: str, priority: int) -> None:
@@ -247,9 +258,9 @@ class Engine:
         if refusal is not None:
             raise refusal
 
-    def _end(self, request: LiveRequest, reason: FinishReason) -> None:
-        """Forgets a request; whatever of it still runs ends for `reason`."""
-        self._finish_all(request, reason)
+    def end(self, request: LiveRequest) -> None:
+        """Forgets a request that nobody waits for; whatever of it still runs is aborted."""
+        self._finish_all(request, FinishReason.ABORT)
         if self._requests.get(request.key) is request:
             del self._requests[request.key]
         request.ticket.release()
@@ -279,7 +290,15 @@ class Engine:
     def _fail(self, request: LiveRequest, error: RequestError) -> None:
         request.error = error
         self._finish_all(request, FinishReason.ERROR)
-        self._deliveries.tell(request)
+        self._tell(request)
+
+    def _tell(self, request: LiveRequest) -> None:
+        """Lets whoever answers a request know that there may be something new."""
+        if request.group is None:
+            self._deliveries.tell(request)
+        else:
+            request.group.note(request)
+            self._deliveries.tell(request.group)
 
     # What the pool tells
 
@@ -307,7 +326,7 @@ class Engine:
                 # Ended by a result whose successor broke the protocol, which ended the session.
                 if completion.seq.is_finished and completion.seq.seq_id in self._owners:
                     self._on_finished(completion)
-                    self._deliveries.tell(request)
+                    self._tell(request)
             if any(
                 not completion.seq.is_finished and completion.seq.num_executor_losses > limit
                 for completion in request.completions
@@ -355,4 +374,8 @@ class Engine:
             completion.last_token_s = now_s
             if completion.seq.is_finished:
                 self._on_finished(completion)
-            self._deliveries.tell(request)
+            self._tell(request)
+
+
+def _deadline_error() -> DeadlineError:
+    return DeadlineError("the deadline of the call passed")

@@ -13,7 +13,7 @@ from scheduler_service.live_request import LiveRequest
 from scheduler_service.telemetry.call_record import CallRecord
 from scheduler_service.telemetry.metrics import SchedulerMetrics
 from scheduler_service.text.prompt_encoder import PromptEncoder
-from scheduler_service.validation import RequestKey, validate_generate
+from scheduler_service.validation import RequestKey, TokenPrompt, validate_generate
 
 
 class Intake:
@@ -60,9 +60,12 @@ class Intake:
             spec, owner=owner, cache_salt=self._tenancy.cache_salt(caller, spec.cache_salt)
         )
         with self._engine.reserve(spec, caller.name) as reservation:
-            token_ids = await reservation.unless_aborted(
-                self._encoder.encode(spec.prompt, max_tokens=self._engine.max_model_len - 1)
-            )
+            encoding = self._encoder.encode(spec.prompt, max_tokens=self._engine.max_model_len - 1)
+            if isinstance(spec.prompt, TokenPrompt):
+                # Nothing to wait for, so no task.
+                token_ids = await encoding
+            else:
+                token_ids = await reservation.unless_aborted(encoding)
             if deadline_s is not None and time.monotonic() >= deadline_s:
                 raise DeadlineError("the deadline of the call passed while its prompt was encoded")
             live = self._engine.submit(reservation, token_ids)

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import time
+from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from scheduler_service.admission import Ticket
@@ -16,6 +17,31 @@ from scheduler_service.sequence import Sequence, SequenceId
 from scheduler_service.text.detokenizer import IncrementalDetokenizer, StopMatcher
 from scheduler_service.text.tokenizer import Tokenizer
 from scheduler_service.validation import GenerateSpec, RequestKey
+
+
+class RequestGroup:
+    """Requests that are answered together, in one call; told of changes in their place."""
+
+    def __init__(self) -> None:
+        self.is_queued = False
+        self.changed = asyncio.Event()
+        # Of those that have changed, in the order in which they did.
+        self._requests: OrderedDict[LiveRequest, None] = OrderedDict()
+
+    def note(self, request: "LiveRequest") -> None:
+        """A request of the group may have something to send."""
+        self._requests[request] = None
+
+    def take(self) -> "LiveRequest | None":
+        """The request that has waited longest since it changed; None: none has."""
+        if not self._requests:
+            return None
+        request, _ = self._requests.popitem(last=False)
+        return request
+
+    def forget(self, request: "LiveRequest") -> None:
+        """A request has left the group."""
+        self._requests.pop(request, None)
 
 
 @dataclass(slots=True, eq=False)
@@ -33,6 +59,8 @@ class LiveRequest:
     is_queued: bool = False
     # Set when a completion may have a new delta, or the request failed.
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+    # Told instead of the request itself, if it is answered together with others.
+    group: RequestGroup | None = None
     error: RequestError | None = None
 
     @property
@@ -44,6 +72,11 @@ class LiveRequest:
     def is_finished(self) -> bool:
         """Whether every completion ended; their last deltas may still have to be written."""
         return all(completion.seq.is_finished for completion in self.completions)
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether the last delta of every completion was taken."""
+        return all(completion.finished_sent for completion in self.completions)
 
     def keep_history(self) -> None:
         """Has everything that happens to the sequences written down, for a trace."""

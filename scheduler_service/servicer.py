@@ -1,20 +1,19 @@
 """The public gRPC service: translates messages and errors, and nothing else."""
 
 import time
+from collections.abc import AsyncIterable
 from contextlib import aclosing
-from typing import Any
 
 from nanovllm import __version__
 from nanovllm.v1 import inference_pb2, inference_pb2_grpc
 from scheduler_service.access.caller import caller_of
 from scheduler_service.access.tenancy import Tenancy
 from scheduler_service.answering import Context, fail, reply, write
-from scheduler_service.completion import Delta
 from scheduler_service.engine import Engine
 from scheduler_service.errors import InvalidFieldError, RequestError
 from scheduler_service.intake import Intake
-from scheduler_service.live_request import LiveRequest
-from scheduler_service.sequence import FinishReason
+from scheduler_service.many_answers import ManyAnswers
+from scheduler_service.responses import generate_response, resume_info
 from scheduler_service.telemetry.metrics import SchedulerMetrics
 from scheduler_service.telemetry.request_observer import RequestObserver
 from scheduler_service.text.prompt_encoder import PromptEncoder
@@ -24,13 +23,6 @@ from scheduler_service.validation import (
     valid_chat,
     valid_detokenize_ids,
 )
-
-_FINISH_REASONS = {
-    FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
-    FinishReason.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
-    FinishReason.ABORT: inference_pb2.FINISH_REASON_ABORT,
-    FinishReason.ERROR: inference_pb2.FINISH_REASON_ERROR,
-}
 
 # Most tokens of a Tokenize or Detokenize call, in lengths of the model: enough to see by how much a
 # text is too long, and little enough that others do not wait for it.
@@ -70,13 +62,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             try:
                 with self._intake.counting_refusals():
                     live = await self._intake.admit(request, call, deadline_s)
-                resume_info = self._resume_info(request, live)
+                info = resume_info(request, live, self._engine.model.fingerprint)
                 async with aclosing(self._engine.deltas(live, deadline_s)) as deltas:
                     async for delta in deltas:
-                        response = _response(live.request_id, delta)
-                        if resume_info is not None:
-                            response.resume_info.CopyFrom(resume_info)
-                            resume_info = None
+                        response = generate_response(live.request_id, delta)
+                        if info is not None:
+                            response.resume_info.CopyFrom(info)
+                            info = None
                         await write(context, response, self._write_timeout_s)
                         if call.texts is not None:
                             call.texts.add(delta)
@@ -84,17 +76,17 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 call.fail(error)
                 await fail(context, error)
 
-    def _resume_info(
-        self, request: inference_pb2.GenerateRequest, live: LiveRequest
-    ) -> inference_pb2.ResumeInfo | None:
-        if live.resume is None:
-            return None
-        seq = live.completions[0].seq
-        has_ids = request.HasField("token_ids")
-        return inference_pb2.ResumeInfo(
-            prompt_token_ids=[] if has_ids else seq.token_ids[: seq.num_prompt_tokens],
-            model_fingerprint=self._engine.model.fingerprint,
+    async def GenerateMany(  # noqa: N802
+        self, requests: AsyncIterable[inference_pb2.GenerateManyRequest], context: Context
+    ) -> None:
+        """Streams the deltas of many requests."""
+        answers = ManyAnswers(
+            context, self._engine, self._intake, self._observer, self._write_timeout_s
         )
+        try:
+            await answers.serve(requests)
+        except RequestError as error:
+            await fail(context, error)
 
     async def Tokenize(  # noqa: N802
         self, request: inference_pb2.TokenizeRequest, context: Context
@@ -202,31 +194,3 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             response.num_cached_kv_blocks = sum(each.num_cached_kv_blocks for each in executors)
             response.kv_block_size = executors[0].info.block_size
         return response
-
-
-def _response(request_id: str, delta: Delta) -> inference_pb2.GenerateResponse:
-    response = inference_pb2.GenerateResponse(
-        request_id=request_id, index=delta.index, text=delta.text, token_ids=delta.token_ids
-    )
-    for logprobs in delta.logprobs:
-        response.logprobs.add(
-            logprob=logprobs.chosen,
-            top_token_ids=logprobs.top_token_ids,
-            top_logprobs=logprobs.top_logprobs,
-        )
-    if delta.finish_reason is not None:
-        response.finish_reason = _FINISH_REASONS[delta.finish_reason]
-        if delta.finish_reason is FinishReason.STOP:
-            response.stop_reason.CopyFrom(_stop_reason(delta))
-        response.usage.prompt_tokens = delta.num_prompt_tokens
-        response.usage.completion_tokens = delta.num_output_tokens
-        response.usage.cached_tokens = delta.num_cached_tokens
-    return response
-
-
-def _stop_reason(delta: Delta) -> Any:
-    if isinstance(delta.stop_reason, str):
-        return inference_pb2.StopReason(stop_string=delta.stop_reason)
-    if isinstance(delta.stop_reason, int):
-        return inference_pb2.StopReason(token_id=delta.stop_reason)
-    return inference_pb2.StopReason()

@@ -90,7 +90,9 @@ async def _measure(
         if options.openai is None:
             if options.openai_model is not None or options.openai_body:
                 raise CommandError("--openai-model and --openai-body need --openai")
-            client = await stack.enter_async_context(connect_async(options))
+            client = await stack.enter_async_context(
+                connect_async(options, share_call=options.share_call)
+            )
             info = await client.model_info()
             plan = make_plan(options, ServerLimits(info.vocab_size, info.max_model_len))
             target: Target = GrpcTarget(client, cache_salt=options.cache_salt)

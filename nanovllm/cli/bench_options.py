@@ -50,6 +50,11 @@ def add_load_options(group: "argparse._ArgumentGroup") -> None:
         "--max-outstanding", type=positive_int, metavar="N", help="most open requests at a time"
     )
     group.add_argument(
+        "--share-call",
+        action="store_true",
+        help="send all requests in one call of GenerateMany instead of one of Generate each",
+    )
+    group.add_argument(
         "--warmup",
         type=_count,
         default=0,

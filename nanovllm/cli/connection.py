@@ -74,10 +74,10 @@ def connect(options: argparse.Namespace, *, timeout_s: float | None = None) -> C
         return Client(options.address, timeout_s=timeout_s, **client_arguments(options))
 
 
-def connect_async(options: argparse.Namespace) -> AsyncClient:
+def connect_async(options: argparse.Namespace, *, share_call: bool = False) -> AsyncClient:
     """Returns an asyncio client for the options. Raises CommandError."""
     with _command_errors():
-        return AsyncClient(options.address, **client_arguments(options))
+        return AsyncClient(options.address, share_call=share_call, **client_arguments(options))
 
 
 def client_arguments(options: argparse.Namespace) -> ClientArguments:

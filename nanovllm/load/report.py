@@ -22,6 +22,8 @@ class LoadReport:
     num_prompt_tokens: int
     num_cached_tokens: int
     num_output_tokens: int
+    #: Deltas with tokens. Output tokens over these is how coarse the streams were.
+    num_deltas: int
     #: Over the whole duration: requests with their whole answer, output tokens, and output and
     #: prompt tokens together.
     requests_per_s: float
@@ -68,6 +70,7 @@ class LoadReport:
             num_prompt_tokens=prompt_tokens,
             num_cached_tokens=cached_tokens,
             num_output_tokens=output_tokens,
+            num_deltas=sum(timing.num_deltas for timing in timings),
             requests_per_s=per_second(len(good)),
             output_tokens_per_s=per_second(output_tokens),
             total_tokens_per_s=per_second(prompt_tokens + output_tokens),

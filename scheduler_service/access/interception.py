@@ -45,13 +45,14 @@ async def _answering_errors(method: str, context: Context) -> AsyncIterator[None
     except grpc.aio.AbortError:
         raise
     except Exception:
-        reference = secrets.token_hex(4)
-        logger.exception("call failed", extra=fields(method=method, reference=reference))
-        await end_call(
-            context,
-            grpc.StatusCode.INTERNAL,
-            f"the server failed; its log says more under the reference {reference}",
-        )
+        await end_call(context, grpc.StatusCode.INTERNAL, log_failure(method))
+
+
+def log_failure(method: str) -> str:
+    """Logs the exception that is being handled; returns what the client is told instead."""
+    reference = secrets.token_hex(4)
+    logger.exception("call failed", extra=fields(method=method, reference=reference))
+    return f"the server failed; its log says more under the reference {reference}"
 
 
 def within(handler: Any, scope: Scope) -> Any:
@@ -62,13 +63,16 @@ def within(handler: Any, scope: Scope) -> Any:
     make, name = _KINDS[handler.request_streaming, handler.response_streaming]
     behaviour = getattr(handler, name)
     deserialize = handler.request_deserializer
-    if deserialize is not None and not handler.request_streaming:
+    if deserialize is not None:
         deserialize = _marking(deserialize)
 
     async def respond(request: Any, context: Context) -> Any:
         async with scope(context):
-            await _check_request(request, context)
-            answer = behaviour(request, context)
+            if handler.request_streaming:
+                answer = behaviour(_checked(request, context), context)
+            else:
+                await _check_request(request, context)
+                answer = behaviour(request, context)
             if not hasattr(answer, "__aiter__"):
                 return await answer  # one response, or a stream that the handler writes itself
             async for response in answer:
@@ -113,6 +117,12 @@ def _marking(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
             return _MALFORMED
 
     return deserialize_or_mark
+
+
+async def _checked(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
+    async for request in requests:
+        await _check_request(request, context)
+        yield request
 
 
 async def _check_request(request: Any, context: Context) -> None:

@@ -15,6 +15,7 @@ from scheduler_service.validation import MAX_REQUEST_ID_CHARS, GenerateSpec
 Metadata: TypeAlias = Sequence[tuple[str, str | bytes]]
 
 GENERATE = "nanovllm.v1.InferenceService/Generate"
+GENERATE_MANY = "nanovllm.v1.InferenceService/GenerateMany"
 
 OK = "OK"
 CANCELLED = "CANCELLED"

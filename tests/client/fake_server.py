@@ -1,7 +1,9 @@
 """A scripted InferenceService in this process, for tests of the clients."""
 
+import contextlib
+import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -15,6 +17,48 @@ from nanovllm.v1 import inference_pb2 as pb
 from nanovllm.v1 import inference_pb2_grpc as pb_grpc
 
 EXECUTOR = pb.ExecutorSummary(address="unix:/e", epoch=2**63, device="cpu")
+
+
+class AbortedError(Exception):
+    """A request of a shared call ends with a status."""
+
+    def __init__(self, status: grpc.Status) -> None:
+        details = dict(status.trailing_metadata)["grpc-status-details-bin"]
+        self.status = status_pb2.Status.FromString(details)
+
+
+@dataclass
+class RequestContext:
+    """Stands for the context of a call of its own, for one request of a shared call."""
+
+    call: grpc.ServicerContext
+    start: pb.NumberedRequest
+    is_cancelled: bool = False
+    _code: grpc.StatusCode | None = None
+    _callbacks: list[Callable[[], None]] = field(default_factory=list)
+
+    def invocation_metadata(self) -> list[tuple[str, str]]:
+        return [*self.call.invocation_metadata(), *self.start.metadata.items()]
+
+    def abort_with_status(self, status: grpc.Status) -> None:
+        raise AbortedError(status)
+
+    def add_callback(self, callback: Callable[[], None]) -> None:
+        self._callbacks.append(callback)
+
+    def is_active(self) -> bool:
+        return self.call.is_active() and not self.is_cancelled
+
+    def code(self) -> grpc.StatusCode | None:
+        return self._code
+
+    def set_code(self, code: grpc.StatusCode) -> None:
+        self._code = code
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+        for callback in self._callbacks:
+            callback()
 
 
 @dataclass
@@ -57,6 +101,43 @@ class FakeService(pb_grpc.InferenceServiceServicer):
         finally:
             with self._lock:
                 self._live -= 1
+
+    def GenerateMany(  # noqa: N802
+        self, requests, context
+    ) -> Iterator[pb.GenerateManyResponse]:
+        """Each request as by Generate, on a thread of its own."""
+        answers: queue.Queue[pb.NumberedResponse] = queue.Queue()
+        live: dict[int, RequestContext] = {}
+        context.add_callback(lambda: [each.cancel() for each in live.values()])
+
+        def read() -> None:
+            # How the sync server says that the call is over.
+            with contextlib.suppress(grpc.RpcError):
+                for message in requests:
+                    for number in message.cancels:
+                        live[number].cancel()
+                    for start in message.starts:
+                        part = live[start.number] = RequestContext(context, start)
+                        threading.Thread(target=self._answer, args=(part, answers)).start()
+
+        threading.Thread(target=read, daemon=True).start()
+        while context.is_active():
+            with contextlib.suppress(queue.Empty):
+                yield pb.GenerateManyResponse(responses=[answers.get(timeout=0.05)])
+
+    def _answer(self, context: RequestContext, answers: "queue.Queue[pb.NumberedResponse]") -> None:
+        number = context.start.number
+        try:
+            for response in self.Generate(context.start.request, context):
+                answers.put(pb.NumberedResponse(number=number, response=response))
+        except AbortedError as error:
+            status = error.status
+            failure = pb.RequestFailure(
+                code=status.code, message=status.message, details=status.details
+            )
+            answers.put(pb.NumberedResponse(number=number, failure=failure, is_last=True))
+        else:
+            answers.put(pb.NumberedResponse(number=number, is_last=True))
 
     @staticmethod
     def finished(context) -> bool:

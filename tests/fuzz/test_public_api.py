@@ -98,6 +98,72 @@ def test_any_generate_request_is_served_or_refused_by_name(run: Run, rng):
     run(scenario)
 
 
+async def generate_many(
+    service: Service, requests: list[pb.GenerateRequest], rng: random.Random
+) -> None:
+    """Requests that share a call and end by themselves, by their limit or because of the client."""
+    numbers = {rng.randrange(2**64): request for request in requests}
+    starts = [
+        pb.NumberedRequest(
+            number=number,
+            request=request,
+            timeout_s=rng.choice((None, None, None, 0.0, -1.0, 0.01, float("nan"), float("inf"))),
+            metadata=rng.choice((None, {"traceparent": "nonsense"})),
+        )
+        for number, request in numbers.items()
+    ]
+    cancelled = {number for number in numbers if rng.random() < 0.2}
+    call = service.stub.GenerateMany()
+    half = rng.randrange(len(starts) + 1)
+    for message in (
+        pb.GenerateManyRequest(starts=starts[:half], cancels=[rng.randrange(2**64)]),
+        pb.GenerateManyRequest(starts=starts[half:], cancels=cancelled),
+        pb.GenerateManyRequest(cancels=cancelled),
+    ):
+        await call.write(message)
+    await call.done_writing()
+    ended: set[int] = set()
+    failed: set[int] = set()
+    finished: dict[int, set[int]] = {number: set() for number in numbers}
+
+    async def read() -> None:
+        while (message := await call.read()) is not grpc.aio.EOF:
+            for item in message.responses:
+                assert item.number not in ended, "a message after the last one"
+                if item.is_last:
+                    ended.add(item.number)
+                if item.HasField("failure"):
+                    assert item.is_last
+                    check_failure(item.failure)
+                    failed.add(item.number)
+                elif item.response.finish_reason:
+                    finished[item.number].add(item.response.index)
+
+    assert await status_of(read()) is grpc.StatusCode.OK
+    assert ended >= numbers.keys() - cancelled, "a request without an end"
+    for number in ended - failed:
+        params = numbers[number].sampling_params
+        n = params.n if params.HasField("n") else 1
+        assert len(finished[number]) == n, "a completion without a terminal message"
+
+
+def check_failure(failure: pb.RequestFailure) -> None:
+    """Fails the test if a failure is nobody's fault but the server's."""
+    codes = {code.value[0]: code for code in PROPER}
+    assert failure.code in codes, f"{failure.code}: {failure.message}"
+    assert failure.message, f"{failure.code} without a reason"
+
+
+@settings(max_examples=25)
+@given(rng=st.randoms(use_true_random=False))
+def test_any_requests_of_one_call_are_served_or_refused_by_name_each(run: Run, rng):
+    async def scenario(service: Service) -> None:
+        calls = [[random_request(rng) for _ in range(8)] for _ in range(2)]
+        await asyncio.gather(*(generate_many(service, requests, rng) for requests in calls))
+
+    run(scenario)
+
+
 @settings(max_examples=25)
 @given(rng=st.randoms(use_true_random=False), wildness=st.sampled_from([0.0, 0.1, 1.0]))
 def test_any_unary_request_is_answered_or_refused_by_name(run: Run, rng, wildness):
@@ -117,10 +183,20 @@ def test_bytes_that_are_no_request_are_refused(run: Run, rng, noise: bytes):
         async with grpc.aio.insecure_channel(service.address) as channel:
             for sent in (noise, mutated(random_request(rng).SerializeToString(), rng)):
                 await status_of(read_raw(channel.unary_stream(path + "Generate")(sent)))
+                many = channel.stream_stream(path + "GenerateMany")
+                numbered = pb.NumberedRequest(number=1).SerializeToString() + b"\x12"
+                for bytes_sent in (sent, numbered + sent, mutated(many_of(rng), rng)):
+                    await status_of(read_raw(many(iter([bytes_sent]))))
                 for name in UNARY:
                     await status_of(channel.unary_unary(path + name)(sent))
 
     run(scenario)
+
+
+def many_of(rng: random.Random) -> bytes:
+    """A message of GenerateMany."""
+    starts = [pb.NumberedRequest(number=i, request=random_request(rng)) for i in range(3)]
+    return pb.GenerateManyRequest(starts=starts, cancels=[1]).SerializeToString()
 
 
 async def read_raw(call: Any) -> None:

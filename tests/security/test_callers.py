@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -57,6 +57,7 @@ def test_calls_without_a_known_token_are_refused(serve, tmp_path: Path):
         ):
             for call in (
                 service.stub.Generate(request(), metadata=headers),
+                service.stub.GenerateMany(many(request()), metadata=headers),
                 service.stub.GetServerStatus(pb.GetServerStatusRequest(), metadata=headers),
                 service.stub.Abort(pb.AbortRequest(request_id="x"), metadata=headers),
             ):
@@ -66,8 +67,45 @@ def test_calls_without_a_known_token_are_refused(serve, tmp_path: Path):
         for headers in (bearer(ALICE), bearer(BOB), metadata(f"bearer {ALICE}")):
             responses = await read_all(service.stub.Generate(request(), metadata=headers))
             assert responses[-1].finish_reason == pb.FINISH_REASON_LENGTH
+            messages = await read_all(service.stub.GenerateMany(many(request()), metadata=headers))
+            last = messages[-1].responses[-1]
+            assert (last.number, last.is_last) == (1, True)
+            assert last.response.finish_reason == pb.FINISH_REASON_LENGTH
 
     serve(scenario, with_tokens(tmp_path))
+
+
+def many(*requests: pb.GenerateRequest) -> Iterator[pb.GenerateManyRequest]:
+    """The messages of a call of GenerateMany with these requests."""
+    for number, each in enumerate(requests, 1):
+        start = pb.NumberedRequest(number=number, request=each)
+        yield pb.GenerateManyRequest(starts=[start])
+
+
+def test_requests_of_a_shared_call_belong_to_the_owner_of_its_token(serve, tmp_path: Path):
+    async def scenario(service: Service):
+        async with (
+            AsyncClient(service.address, token=ALICE, share_call=True) as alice,
+            AsyncClient(service.address, token=BOB, share_call=True) as bob,
+            AsyncClient(service.address, share_call=True) as stranger,
+        ):
+            with pytest.raises(AuthenticationError, match="send a token"):
+                await stranger.generate([1, 2, 3])
+            waiting = alice.stream([1, 2, 3], request_id="mine")
+            await until(lambda: len(service.harness.engine._requests) == 1)
+            assert not await bob.abort("mine")
+            # Bob's request has the same id, and another space of ids.
+            other = bob.stream([1, 2, 3], request_id="mine")
+            await until(lambda: len(service.harness.engine._requests) == 2)
+            assert {key.owner for key in service.harness.engine._requests} == {
+                "token:alice",
+                "token:bob",
+            }
+            assert await alice.abort("mine")
+            assert [delta.finish_reason async for delta in waiting] == ["abort"]
+            other.close()
+
+    serve(scenario, with_tokens(tmp_path), connect=False)
 
 
 def test_who_tries_without_a_known_token_is_logged_and_the_tokens_are_not(

@@ -116,6 +116,22 @@ def test_a_status_that_a_handler_chose_is_left_alone(
     run(f"unix:{tmp_path}/s", {"Abort": method(abort, kind)}, scenario, ErrorGuard())
 
 
+@pytest.mark.parametrize("kind", ["stream_unary", "stream_stream"])
+def test_bytes_that_are_no_message_end_a_stream_of_requests(kind: str, tmp_path: Path):
+    async def count(requests: Any, context: Any) -> Any:
+        async for _ in requests:
+            pass
+        raise SecretError(SECRET)
+
+    async def scenario(ask: Ask) -> None:
+        _, code, details = await ask("Count", b"\xff\xff\xff")
+        assert code is grpc.StatusCode.INVALID_ARGUMENT
+        assert details == "the request is no valid message of this method"
+        assert (await ask("Count", b""))[1] is grpc.StatusCode.INTERNAL
+
+    run(f"unix:{tmp_path}/s", {"Count": method(count, kind)}, scenario, ErrorGuard())
+
+
 @pytest.mark.parametrize("kind", ["unary_unary", "unary_stream"])
 def test_bytes_that_are_no_message_are_an_invalid_argument(kind: str, tmp_path: Path):
     async def scenario(ask: Ask) -> None:
