@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import time
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -19,6 +20,8 @@ _FULL_MESSAGE_BYTES = 1 << 20
 _MAX_REQUEST_BYTES = MAX_MESSAGE_BYTES - 8
 # How much later than the server, which should say it, the client ends a request whose time is over.
 _SERVER_LEAD_S = 0.2
+# A call that is older takes no more requests.
+_MAX_AGE_S = 60.0
 _STATUS_DETAILS = "grpc-status-details-bin"
 
 
@@ -26,22 +29,32 @@ class SharedCall:
     """Takes the place of Generate: every request gets an object that behaves like its call.
 
     There is one call of GenerateMany under them. If it breaks, all requests on it fail, and the
-    next request opens another.
+    next request opens another. So does the first request after a minute, while the older call lives
+    until its requests have ended: servers may limit how long a connection lives, and check a token
+    when a call begins.
     """
 
     def __init__(self, open_call: Callable[[], Any]) -> None:
         """`open_call` starts a call of GenerateMany."""
         self._open_call = open_call
         self._carrier: _Carrier | None = None
+        self._retired: set[_Carrier] = set()
 
     def generate(self, request: pb.GenerateRequest, timeout_s: float | None) -> "NumberedCall":
         """Starts a request; `timeout_s` limits it alone."""
-        if self._carrier is None or self._carrier.is_over:
-            self._carrier = _Carrier(self._open_call())
-        return self._carrier.start(request, timeout_s)
+        carrier = self._carrier
+        if carrier is not None and carrier.is_old:
+            carrier.retire()
+            self._retired.add(carrier)
+        self._retired = {each for each in self._retired if not each.is_over}
+        if carrier is None or carrier.is_old or carrier.is_over:
+            carrier = self._carrier = _Carrier(self._open_call())
+        return carrier.start(request, timeout_s)
 
     def close(self) -> None:
         """Cancels the requests."""
+        for carrier in self._retired:
+            carrier.close()
         if self._carrier is not None:
             self._carrier.close()
 
@@ -118,6 +131,8 @@ class _Carrier:
     def __init__(self, call: Any) -> None:
         self.is_over = False
         self._call = call
+        self._started_s = time.monotonic()
+        self._is_retired = False
         self._numbers = itertools.count(1)
         # Those that have not ended, by number.
         self._live: dict[int, NumberedCall] = {}
@@ -149,8 +164,21 @@ class _Carrier:
         self._has_news.set()
         return call
 
+    @property
+    def is_old(self) -> bool:
+        return time.monotonic() - self._started_s >= _MAX_AGE_S
+
+    def retire(self) -> None:
+        """No request is started any more; the call ends with the last of those that live."""
+        self._is_retired = True
+        self._end_if_done()
+
     def close(self) -> None:
         self._end(_error(grpc.StatusCode.CANCELLED, "the connection was closed"))
+
+    def _end_if_done(self) -> None:
+        if self._is_retired and not self._live:
+            self.close()
 
     def _cancel(self, number: int) -> None:
         if self._live.pop(number, None) is None:
@@ -158,6 +186,8 @@ class _Carrier:
         if self._starts.pop(number, None) is None:
             self._cancels.append(number)
             self._has_news.set()
+        # The end of the call cancels what is left of it on the server, too.
+        self._end_if_done()
 
     def _end(self, error: grpc.aio.AioRpcError) -> None:
         self.is_over = True
@@ -207,6 +237,7 @@ class _Carrier:
                     if response.is_last:
                         del self._live[response.number]
                     call.receive(response)
+                self._end_if_done()
         except grpc.aio.AioRpcError as error:
             self._end(error)
         except asyncio.CancelledError:

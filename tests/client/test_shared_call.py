@@ -12,7 +12,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.trace import Span
 
-from nanovllm import AsyncClient, ResumePolicy, SamplingParams
+from nanovllm import AsyncClient, ResumePolicy, SamplingParams, shared_call
 from nanovllm.aio import AsyncDeltaStream
 from nanovllm.channel import MAX_MESSAGE_BYTES
 from nanovllm.errors import (
@@ -576,6 +576,56 @@ class TestBrokenCalls:
                     assert isinstance(await error_of(client.stream("a")), UnavailableError)
 
         asyncio.run(main())
+
+
+class TestOldCalls:
+    def test_an_old_call_takes_no_requests_and_ends_with_those_it_has(self, play, monkeypatch):
+        finish = asyncio.Event()
+
+        async def old(peer: Peer) -> None:
+            await peer.take(2)
+            for start in peer.starts:
+                await peer.say(start.number, "begun ")
+            await finish.wait()
+            await peer.say(peer.starts[0].number, "done", end=True)
+            await peer.take(2, 1)
+
+        async def scenario(client: AsyncClient, service: Scripted) -> None:
+            first, second = client.stream("1"), client.stream("2")
+            assert [(await anext(each)).text for each in (first, second)] == ["begun ", "begun "]
+            monkeypatch.setattr(shared_call, "_MAX_AGE_S", 0.0)
+            assert (await client.generate("3")).text == "3"
+            monkeypatch.setattr(shared_call, "_MAX_AGE_S", 60.0)
+            assert [len(peer.starts) for peer in service.peers] == [2, 0]
+            finish.set()
+            assert await text_of(first) == "done"
+            assert not service.peers[0].is_cancelled.is_set()
+            second.close()
+            await service.peers[0].is_cancelled.wait()
+            assert (await client.generate("4")).text == "4"
+            assert len(service.peers) == 2
+
+        play(scenario, old, Peer.answer_all, Peer.answer_all)
+
+    def test_closing_the_client_ends_old_calls_too(self, play, monkeypatch):
+        async def silent(peer: Peer) -> None:
+            await peer.take(1)
+            await peer.stay()
+
+        async def scenario(client: AsyncClient, service: Scripted) -> None:
+            first = client.stream("1")
+            await until(lambda: service.peers and service.peers[0].starts)
+            monkeypatch.setattr(shared_call, "_MAX_AGE_S", 0.0)
+            second = client.stream("2")
+            await until(lambda: len(service.peers) == 2)
+            await client.close()
+            for error in (await error_of(first), await error_of(second)):
+                assert isinstance(error, RequestCancelledError)
+                assert "the connection was closed" in str(error)
+            for peer in service.peers:
+                await peer.is_cancelled.wait()
+
+        play(scenario, silent, silent)
 
 
 class TestResuming:
