@@ -2,9 +2,10 @@
 
     python -m benchmarks.split_price --model Qwen/Qwen3-0.6B --workload streams64 --rounds 3
 
-Each round runs `benchmarks.throughput` and `benchmarks.in_process` once, each in a process of its
-own and in alternating order, so that only one of them holds the device and a drift of the machine
-hits both. Text is made through gRPC, as for users, unless --no-text is given.
+Each round runs `benchmarks.throughput` with a call for each request, the same with one call for all
+of them, and `benchmarks.in_process`, each in a process of its own and in alternating order, so that
+only one of them holds the device and a drift of the machine hits all. Text is made through gRPC, as
+for users, unless --no-text is given.
 """
 
 import argparse
@@ -23,23 +24,31 @@ from benchmarks.report import write_json
 from nanovllm.cli.options import positive_int
 
 _GRPC = "benchmarks.throughput"
-_IN_PROCESS = "benchmarks.in_process"
+_IN_PROCESS = "in process"
+# What is compared: a module and arguments of its own.
+_SIDES = {
+    "a call each": (_GRPC, ()),
+    "one call": (_GRPC, ("--share-call",)),
+    _IN_PROCESS: ("benchmarks.in_process", ()),
+}
 _ROOT = Path(__file__).resolve().parent.parent
 
 
 class MeasurementFailedError(RuntimeError):
-    """One of the two sides failed; what it said is on stderr."""
+    """One of the sides failed; what it said is on stderr."""
 
 
-def measure(module: str, options: argparse.Namespace) -> dict[str, Any]:
+def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
     """Runs one side and returns its JSON.
 
     Raises:
         MeasurementFailedError: It failed.
     """
+    module, own_arguments = _SIDES[side]
     with tempfile.TemporaryDirectory(prefix="nanovllm-bench-") as folder:
         path = Path(folder) / "result.json"
         command = [sys.executable, "-m", module, "--json", str(path), "--model", options.model]
+        command += own_arguments
         command += ["--scale", str(options.scale), "--runs", str(options.runs)]
         for flag, values in (
             ("--workload", options.workload),
@@ -55,7 +64,9 @@ def measure(module: str, options: argparse.Namespace) -> dict[str, Any]:
             command.append("--no-text")
         finished = subprocess.run(command, cwd=_ROOT, stdout=subprocess.DEVNULL, check=False)
         if finished.returncode:
-            raise MeasurementFailedError(f"{module} ended with status {finished.returncode}")
+            raise MeasurementFailedError(
+                f"{module} ({side}) ended with status {finished.returncode}"
+            )
         document: dict[str, Any] = json.loads(path.read_text())
         return document
 
@@ -81,22 +92,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_workload_options(parser)
     options = parser.parse_args(arguments)
     machine = describe_machine()
-    documents: dict[str, list[dict[str, Any]]] = {_GRPC: [], _IN_PROCESS: []}
+    documents: dict[str, list[dict[str, Any]]] = {side: [] for side in _SIDES}
     try:
         for number in range(options.rounds):
-            order = (_GRPC, _IN_PROCESS) if number % 2 == 0 else (_IN_PROCESS, _GRPC)
-            for module in order:
-                documents[module].append(measure(module, options))
+            for side in list(_SIDES)[:: 1 if number % 2 == 0 else -1]:
+                documents[side].append(measure(side, options))
     except MeasurementFailedError as error:
         print(f"split_price: {error}", file=sys.stderr)
         return 1
-    through_grpc, in_process = rates(documents[_GRPC]), rates(documents[_IN_PROCESS])
-    ratios = {name: through_grpc[name] / in_process[name] for name in through_grpc}
+    found = {side: rates(documents[side]) for side in _SIDES}
+    in_process = found[_IN_PROCESS]
+    ratios = {
+        side: {name: rate / in_process[name] for name, rate in through_grpc.items()}
+        for side, through_grpc in found.items()
+        if side != _IN_PROCESS
+    }
     print(f"{options.model}, scale {options.scale:g}, output tok/s")
     print(machine_line(machine))
-    print(f"{'workload':<12}{'gRPC':>11}{'in process':>12}{'ratio':>8}")
-    for name, ratio in ratios.items():
-        print(f"{name:<12}{through_grpc[name]:>11.1f}{in_process[name]:>12.1f}{ratio:>8.3f}")
+    print(f"{'workload':<12}" + "".join(f"{side:>13}{'ratio':>8}" for side in ratios), end="")
+    print(f"{_IN_PROCESS:>13}")
+    for name, rate in in_process.items():
+        columns = (f"{found[side][name]:>13.1f}{ratios[side][name]:>8.3f}" for side in ratios)
+        print(f"{name:<12}{''.join(columns)}{rate:>13.1f}")
     if options.json is not None:
         write_json(options.json, {"machine": machine, "ratios": ratios, "rounds": documents})
     return 0
