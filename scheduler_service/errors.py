@@ -117,6 +117,13 @@ class ShuttingDownError(RetryableError):
     label = "shutting_down"
 
 
+class CallTooOldError(RetryableError):
+    """The call that many requests share takes no more of them; a new one does."""
+
+    code = code_pb2.UNAVAILABLE
+    label = "call_too_old"
+
+
 class SupersededError(RequestError):
     """Another call resumed the request."""
 

@@ -11,6 +11,7 @@ from scheduler_service.access.interception import log_failure
 from scheduler_service.answering import Context, write
 from scheduler_service.engine import Engine
 from scheduler_service.errors import (
+    CallTooOldError,
     DeadlineError,
     InvalidFieldError,
     RequestError,
@@ -29,6 +30,8 @@ _MAX_MESSAGE_BYTES = 1 << 20
 # While more wait for the transport, no requests are started: refusing them costs next to nothing,
 # and a client that reads no answers could fill the memory with them.
 _MAX_UNSENT_FAILURES = 1024
+# A caller's token is checked when a call begins, so one that was removed is good for this long.
+_MAX_AGE_S = 600.0
 # Of a message of many; admitting a request takes a few hundred microseconds.
 _MAX_STARTS_PER_TURN = 8
 
@@ -66,6 +69,7 @@ class ManyAnswers:
         self._intake = intake
         self._observer = observer
         self._write_timeout_s = write_timeout_s
+        self._started_s = time.monotonic()
         remaining_s = context.time_remaining()
         self._deadline_s = None if remaining_s is None else time.monotonic() + remaining_s
         self._group = RequestGroup()
@@ -135,12 +139,19 @@ class ManyAnswers:
                 call.metadata = tuple(start.metadata.items())
             try:
                 with self._intake.counting_refusals():
+                    self._check_age()
                     deadline_s = self._deadline_of(start)
                     live = await self._admit(start, call, deadline_s)
                 await self._until_ended(start, live, call, deadline_s)
             except RequestError as error:
                 call.fail(error)
                 raise
+
+    def _check_age(self) -> None:
+        if time.monotonic() - self._started_s >= _MAX_AGE_S:
+            raise CallTooOldError(
+                f"a call takes new requests for {_MAX_AGE_S:g} s; open another one", 0.0
+            )
 
     def _add_failure(self, number: int, error: RequestError) -> None:
         self._failures.append(

@@ -469,6 +469,25 @@ class TestEndings:
 
         serve(scenario)
 
+    def test_an_old_call_takes_no_new_requests_and_finishes_those_it_has(
+        self, serve, monkeypatch: pytest.MonkeyPatch
+    ):
+        async def scenario(service: Service) -> None:
+            many = ManyCall(service.stub)
+            service.iterating.clear()
+            await many.start(start(1))
+            await until(lambda: len(service.harness.engine._requests) == 1)
+            monkeypatch.setattr(many_answers, "_MAX_AGE_S", 0.0)
+            await many.start(start(2))
+            service.iterating.set()
+            answers = await many.finish()
+            assert answers[1].token_ids() == output_of(1)
+            assert answers[2].failure is not None
+            assert answers[2].failure.code == code_pb2.UNAVAILABLE
+            assert "open another" in answers[2].failure.message
+
+        serve(scenario)
+
     def test_a_server_that_ends_lets_requests_finish_and_does_not_wait_for_the_call(self, serve):
         servers: list[grpc.aio.Server] = []
 
