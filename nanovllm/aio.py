@@ -10,7 +10,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from nanovllm.access import Access
 from nanovllm.channel import UNARY_TIMEOUT_S, check_address
-from nanovllm.errors import NanovllmError, client_error
+from nanovllm.errors import NanovllmError, RequestCancelledError, client_error
 from nanovllm.outputs import Delta, OutputFolder, RequestOutput
 from nanovllm.requests import Prompt, detokenize_request, generate_request, tokenize_request
 from nanovllm.resume import (
@@ -55,9 +55,22 @@ class AsyncDeltaStream(AsyncIterator[Delta]):
 
     async def __anext__(self) -> Delta:
         try:
-            return Delta.from_proto(await anext(self._responses))
+            return Delta.from_proto(await self._next_response())
         except grpc.RpcError as error:
             raise client_error(error, self._address) from error
+
+    async def _next_response(self) -> pb.GenerateResponse:
+        try:
+            response: pb.GenerateResponse = await anext(self._responses)
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            # How gRPC says that the call, not the task that reads it, was cancelled here.
+            raise RequestCancelledError(
+                "the request was cancelled", grpc.StatusCode.CANCELLED
+            ) from error
+        return response
 
     async def __aenter__(self) -> "AsyncDeltaStream":
         return self
@@ -92,7 +105,7 @@ class AsyncResumingStream(AsyncDeltaStream):
     async def __anext__(self) -> Delta:
         while True:
             try:
-                response = await anext(self._responses)
+                response = await self._next_response()
             except grpc.RpcError as broken:
                 error = client_error(broken, self._address)
                 if self._closed.is_set():

@@ -143,6 +143,24 @@ class TestStream:
 
         assert asyncio.run(run())
 
+    @pytest.mark.parametrize("share_call", [False, True])
+    @pytest.mark.parametrize("resume", [False, True])
+    def test_reading_a_closed_asyncio_stream_says_that_it_was_cancelled(
+        self, server, share_call, resume
+    ):
+        server.service.go_on.clear()
+
+        async def run() -> None:
+            async with AsyncClient(server.address, share_call=share_call, resume=resume) as client:
+                stream = client.stream("a b")
+                assert (await anext(stream)).text == "a"
+                stream.close()
+                with pytest.raises(RequestCancelledError):
+                    async for _ in stream:
+                        pass
+
+        asyncio.run(run())
+
     def test_cancelling_the_task_cancels_the_request(self, server):
         server.service.go_on.clear()
 
