@@ -42,14 +42,13 @@ class SharedCall:
 
     def generate(self, request: pb.GenerateRequest, timeout_s: float | None) -> "NumberedCall":
         """Starts a request; `timeout_s` limits it alone."""
-        carrier = self._carrier
-        if carrier is not None and carrier.is_old:
-            carrier.retire()
-            self._retired.add(carrier)
-        self._retired = {each for each in self._retired if not each.is_over}
-        if carrier is None or carrier.is_old or carrier.is_over:
-            carrier = self._carrier = _Carrier(self._open_call())
-        return carrier.start(request, timeout_s)
+        if self._carrier is not None and (self._carrier.is_over or self._carrier.is_old):
+            self._carrier.retire()
+            self._retired = {each for each in (*self._retired, self._carrier) if not each.is_over}
+            self._carrier = None
+        if self._carrier is None:
+            self._carrier = _Carrier(self._open_call())
+        return self._carrier.start(request, timeout_s)
 
     def close(self) -> None:
         """Cancels the requests."""

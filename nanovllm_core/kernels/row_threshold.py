@@ -11,7 +11,7 @@ whose high end has not. Launches and grids are fixed, and nothing waits for the 
    logits more than T log(V / (1 - top_p)) below the maximum have less than 1 - top_p of the mass.
    Two rounds narrow a bracket some 250 times, and some 50 times in rows with both filters, where
    each has half of the edges;
-3. the logits in each bracket, usually a few hundred, are copied into a list;
+3. the logits in each bracket, as a rule few of the row's, are copied into a list;
 4. one block per row ends the search in its lists, with edges evenly between bit patterns.
 
 Where a list overflows, the last step reads the row instead. Ties do not slow that down, as it
