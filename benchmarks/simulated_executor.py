@@ -44,6 +44,10 @@ class _SimulatedStep:
     end_s: float
     output: StepOutput
 
+    def has_ended(self) -> bool:
+        """Whether the device would have ended."""
+        return time.monotonic() >= self.end_s
+
     def collect(self) -> StepOutput:
         """Waits until the device would have ended."""
         time.sleep(max(0.0, self.end_s - time.monotonic()))

@@ -46,6 +46,10 @@ class _GpuStep:
     end: torch.cuda.Event
     timeline: _Timeline
 
+    def has_ended(self) -> bool:
+        """Whether the device has got there."""
+        return self.end.query()
+
     def collect(self) -> StepOutput:
         """Waits for the device."""
         self.end.synchronize()

@@ -113,6 +113,10 @@ class FinishedStep:
 
     output: StepOutput
 
+    def has_ended(self) -> bool:
+        """It has."""
+        return True
+
     def collect(self) -> StepOutput:
         """The results."""
         return self.output

@@ -35,6 +35,9 @@ class StepOutput:
 class PendingStep(Protocol):
     """An iteration on its way through the device."""
 
+    def has_ended(self) -> bool:
+        """Whether its results can be collected without waiting."""
+
     def collect(self) -> StepOutput:
         """Waits for its results."""
 

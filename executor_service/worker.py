@@ -24,6 +24,8 @@ from nanovllm.wire import pack_float32, pack_int32
 logger = logging.getLogger(__name__)
 
 _UINT32_MAX = 2**32 - 1
+# How often to look whether an iteration has ended while nothing can be launched behind it.
+_POLL_S = 0.0002
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +142,8 @@ class Worker:
 
     def _work(self) -> bool:
         """Takes commands and has one turn; returns False when the thread is to end."""
-        has_work = bool(self._plans or self._launched or self._slots.runnable())
-        if not self._take_commands(wait=not has_work):
+        can_launch = bool(self._plans or self._slots.runnable())
+        if not self._take_commands(wait=not can_launch):
             return False
         try:
             self._turn()
@@ -158,14 +160,16 @@ class Worker:
         return True
 
     def _take_commands(self, *, wait: bool) -> bool:
-        """Takes every queued command; returns False when the thread is to end."""
+        """Takes every queued command; returns False when the thread is to end.
+
+        With `wait` at least one, unless the oldest iteration ends before it comes.
+        """
         while True:
-            try:
-                command = self._commands.get(block=wait)
-            except queue.Empty:
-                return True
+            command = self._next_command(wait=wait)
             wait = False
             match command:
+                case None:
+                    return True
                 case Stop():
                     return False
                 case OpenSession(session):
@@ -180,6 +184,20 @@ class Worker:
                     if session is self._session:
                         self._plans.append(command)
 
+    def _next_command(self, *, wait: bool) -> Command | None:
+        while True:
+            try:
+                if not wait or self._oldest_has_ended():
+                    return self._commands.get_nowait()
+                # A plan may come while iterations run, and wants to be launched behind them.
+                return self._commands.get(timeout=_POLL_S if self._launched else None)
+            except queue.Empty:
+                if not wait or self._oldest_has_ended():
+                    return None
+
+    def _oldest_has_ended(self) -> bool:
+        return bool(self._launched) and self._launched[0].pending.has_ended()
+
     def _turn(self) -> None:
         """Applies plans up to one with chunks, then runs one iteration if there is work."""
         applied = False
@@ -192,7 +210,7 @@ class Worker:
         if not idle:
             self._launch(chunks, decode_slots)
         self._owes_report = idle and (applied or self._owes_report)
-        if self._launched and (idle or len(self._launched) > self._runner.pipeline_depth):
+        if len(self._launched) > self._runner.pipeline_depth or (idle and self._oldest_has_ended()):
             self._collect()
         elif idle:
             # A plan took the work away, so the device may rest.

@@ -42,8 +42,13 @@ class Launch:
     decode_slots: list[int]
     output: StepOutput
     failure: Exception | None = None
+    ended: threading.Event = field(default_factory=threading.Event)
+
+    def has_ended(self) -> bool:
+        return self.ended.is_set()
 
     def collect(self) -> StepOutput:
+        assert self.ended.wait(LIMIT_S)
         if self.failure is not None:
             raise self.failure
         return self.output
@@ -61,6 +66,8 @@ class FakeRunner:
     failures: list[Exception] = field(default_factory=list)
     idle_s: float = IDLE_S
     stop_at: int | None = None
+    # Whether iterations end by themselves.
+    ends: bool = True
     _finished: set[int] = field(default_factory=set)
 
     def launch(self, chunks: list[Chunk], decode_slots: list[int], slots: SlotTable) -> Launch:
@@ -84,6 +91,8 @@ class FakeRunner:
         launch = Launch(
             chunks, decode_slots, output, self.failures.pop() if self.failures else None
         )
+        if self.ends:
+            launch.ended.set()
         self.launches.append(launch)
         return launch
 
@@ -285,6 +294,35 @@ def test_chunks_of_a_plan_run_before_the_next_plan_is_applied(make):
     assert chunks[:3] == [[(0, 0, 5)], [(0, 5, 8)], [(0, 0, 4)]]
     assert [result.applied_step_id for result in results] == [1, 2, 3]
     assert [result.token_ids for result in results] == [[], [token_at(0, 8)], [token_at(0, 4)]]
+
+
+def test_a_plan_is_launched_behind_an_iteration_that_still_runs(make):
+    bench = make(pipeline_depth=2, ends=False)
+    client = bench.client()
+    # Prompts that do not complete: nothing can run but what plans bring.
+    client.plan(admits=[admit(0, [1] * 6, [0, 1])], chunks=[(0, 4)])
+    bench.runner.wait_for_launches(1)
+    client.plan(grants=[(0, [2])])
+    deadline_s = time.monotonic() + LIMIT_S
+    while int(bench.state.ints("capacity")[0]) < 12:
+        assert time.monotonic() < deadline_s, "a plan without chunks was not applied"
+        time.sleep(0.001)
+    client.plan(admits=[admit(1, [1] * 6, [4, 5])], chunks=[(1, 4)])
+    bench.runner.wait_for_launches(1)
+    assert client.nothing_more()
+    for step_id, launch in zip((1, 3), bench.runner.launches, strict=True):
+        launch.ended.set()
+        (result,) = client.take(1)
+        assert result.applied_step_id == step_id
+
+
+def test_a_worker_whose_iterations_still_run_ends_at_once(make):
+    bench = make(pipeline_depth=2, ends=False)
+    client = bench.client()
+    client.plan(admits=[admit(0, [1] * 6, [0, 1])], chunks=[(0, 4)])
+    bench.runner.wait_for_launches(1)
+    assert bench.worker.stop(LIMIT_S)
+    assert client.rest() == []
 
 
 def test_a_chunk_is_mixed_with_the_slots_that_decode(make):
