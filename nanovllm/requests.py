@@ -98,7 +98,7 @@ def _prompt_message(prompt: Prompt) -> str | pb.TokenIds | pb.ChatMessages:
         )
     if isinstance(prompt, Iterable) and not isinstance(prompt, bytes):
         items: list[Any] = list(prompt)
-        if all(isinstance(item, Integral) for item in items):
+        if _all_integers(items):
             return pb.TokenIds(ids=items)
         if all(isinstance(item, Mapping) for item in items):
             return _chat_message(Chat(items))
@@ -106,6 +106,11 @@ def _prompt_message(prompt: Prompt) -> str | pb.TokenIds | pb.ChatMessages:
         "a prompt is text, a list of token ids, or a list of chat messages such as "
         f'{{"role": "user", "content": "..."}}; got {prompt!r:.80}'
     )
+
+
+def _all_integers(items: list[Any]) -> bool:
+    # The usual case first: the abstract class takes a microsecond an item, and prompts are long.
+    return set(map(type, items)) <= {int} or all(isinstance(item, Integral) for item in items)
 
 
 def _chat_message(chat: Chat) -> pb.ChatMessages:
