@@ -343,11 +343,10 @@ PAGED_DECODE: DecodeTable = (
 PAGED_DECODE_ON: dict[str, DecodeTable] = {
     "H200": (
         PAGED_DECODE[0],
-        (2, DecodeConfig(128, 4, num_stages=1, target_blocks=128, max_splits=64, early_tile=True)),
+        (2, DecodeConfig(256, 8, num_stages=1, target_blocks=64, max_splits=32, early_tile=True)),
         (8, DecodeConfig(256, 8, num_stages=1, target_blocks=128, max_splits=32, early_tile=True)),
         (16, DecodeConfig(32, 1, num_stages=3, target_blocks=1024, max_splits=64, early_tile=True)),
-        (32, DecodeConfig(32, num_warps=1, num_stages=3, target_blocks=512, max_splits=8)),
-        (64, DecodeConfig(32, num_warps=1, num_stages=3, target_blocks=1024, max_splits=2)),
+        (64, DecodeConfig(32, num_warps=1, num_stages=3, target_blocks=512, max_splits=8)),
         (80, DecodeConfig(64, num_warps=2, num_stages=2, target_blocks=1024, max_splits=2)),
         (96, DecodeConfig(32, num_warps=1, num_stages=3, target_blocks=1024, max_splits=2)),
         (160, DecodeConfig(64, num_warps=2, num_stages=2, target_blocks=1, max_splits=1)),
