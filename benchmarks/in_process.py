@@ -28,7 +28,7 @@ from executor_service.settings import ExecutorSettings
 from executor_service.worker import OpenSession, QueuedPlan, Worker
 from nanovllm.load import LoadReport, RequestTiming
 from nanovllm.model_store import ModelNotFoundError, resolve_model
-from nanovllm.service_settings import StartupError
+from nanovllm.service_settings import StartupError, freeze_heap
 from scheduler_service.plan import decode_step_result, encode_plan
 from scheduler_service.scheduler import ExecutorCapacity, Scheduler, SchedulerPolicy
 from scheduler_service.sequence import Sequence as Completion
@@ -179,6 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _measure(options: argparse.Namespace) -> tuple[Engine, list[Result]]:
     engine, policy = load_engine(options)
+    freeze_heap()
     limits = engine.limits
     results = []
     with InProcessEngine(engine, policy, options.model) as in_process:

@@ -26,6 +26,7 @@ from nanovllm.service_settings import (
     announce_ready,
     bind,
     check_exposure,
+    freeze_heap,
     serve_metrics,
     server_tls,
 )
@@ -114,6 +115,7 @@ def serve(settings: ExecutorSettings, make_engine: MakeEngine = create_engine) -
             block_size=engine.limits.block_size,
         ),
     )
+    freeze_heap()
     metrics.set_start(model_load_s=engine.model_load_s, startup_s=process_age_s())
     signals.service_is_up()
     announce_ready(address)

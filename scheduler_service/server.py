@@ -16,6 +16,7 @@ from nanovllm.service_settings import (
     StartupError,
     announce_ready,
     bind,
+    freeze_heap,
     serve_metrics,
 )
 from nanovllm.stop_signals import StopSignals
@@ -142,6 +143,7 @@ async def serve(settings: SchedulerSettings) -> None:
     tokenizer.warm_up()
     links_task = asyncio.create_task(links.run(), name="executor links")
     lag_task = asyncio.create_task(watch_loop_lag(metrics.event_loop_lag.observe), name="loop lag")
+    freeze_heap()
     signals.service_is_up()
     announce_ready(address)
     stopped = asyncio.create_task(stop.wait())
