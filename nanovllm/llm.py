@@ -16,6 +16,7 @@ from nanovllm.outputs import OutputFolder, RequestOutput
 from nanovllm.requests import Chat, Message, Prompt, generate_request
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.services import LocalServices
+from nanovllm.start_tasks import start_tasks
 from nanovllm.tls import TlsConfig
 
 Result = TypeVar("Result")
@@ -245,8 +246,7 @@ async def _complete_all(
 
     try:
         async with asyncio.TaskGroup() as group:
-            for _ in range(min(MAX_CONCURRENCY, len(prompts))):
-                group.create_task(work())
+            await start_tasks(group, min(MAX_CONCURRENCY, len(prompts)), work)
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from None
     return [outputs[index] for index in range(len(prompts))]

@@ -9,6 +9,7 @@ from itertools import chain
 from nanovllm.load.requests import Answer, LoadRequest, Session, next_prompt
 from nanovllm.load.target import RequestFailedError, Target
 from nanovllm.load.timing import RequestFailure, RequestTiming
+from nanovllm.start_tasks import start_tasks
 
 OnDone = Callable[[RequestTiming], None]
 
@@ -62,8 +63,7 @@ async def run_closed(
             await run.session(index, session, run.now_s())
 
     async with asyncio.TaskGroup() as group:
-        for _ in range(min(concurrency, len(sessions))):
-            group.create_task(user())
+        await start_tasks(group, min(concurrency, len(sessions)), user)
     return run.timings()
 
 

@@ -11,7 +11,7 @@ from google.rpc import code_pb2, error_details_pb2
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.trace import Span
 
-from nanovllm import AsyncClient, ResumePolicy, SamplingParams, shared_call
+from nanovllm import LLM, AsyncClient, ResumePolicy, SamplingParams, shared_call
 from nanovllm.aio import AsyncDeltaStream
 from nanovllm.channel import MAX_MESSAGE_BYTES
 from nanovllm.errors import (
@@ -24,6 +24,7 @@ from nanovllm.errors import (
     ServerError,
     UnavailableError,
 )
+from nanovllm.load import GrpcTarget, LoadRequest, run_load
 from nanovllm.v1 import inference_pb2 as pb
 from tests.client.fake_server import error_status, overloaded
 from tests.client.scripted_server import Peer, Script, Scripted, delta, scripted
@@ -164,6 +165,31 @@ class TestMessages:
             assert [output.text for output in outputs] == texts
             (peer,) = service.peers
             assert [len(message.starts) for message in peer.messages] == [300]
+
+        play(scenario, Peer.answer_all)
+
+    @pytest.mark.parametrize("sender", ["LLM", "run_load"])
+    def test_the_first_of_many_requests_leave_while_the_others_are_built(self, play, sender):
+        texts = [str(number) for number in range(300)]
+        params = SamplingParams(max_tokens=9)
+
+        def generate(address: str) -> None:
+            with LLM(address=address) as llm:
+                outputs = llm.generate(texts, params, use_tqdm=False)
+            assert [output.text for output in outputs] == texts
+
+        async def scenario(client: AsyncClient, service: Scripted) -> None:
+            if sender == "LLM":
+                await asyncio.to_thread(generate, service.address)
+            else:
+                requests = [LoadRequest(text, params) for text in texts]
+                timings = await run_load(GrpcTarget(client), requests, len(requests))
+                assert all(timing.failure is None for timing in timings)
+            (peer,) = service.peers
+            sizes = [len(message.starts) for message in peer.messages]
+            assert sum(sizes) == 300
+            # While a message is on its way more of them gather.
+            assert sizes[0] <= 8
 
         play(scenario, Peer.answer_all)
 
