@@ -15,6 +15,6 @@ async def start_tasks(
     All at once they would build all their requests before the first one left this process.
     """
     for number in range(count):
-        if number % _TASKS_PER_TURN == 0:
+        if number and number % _TASKS_PER_TURN == 0:
             await asyncio.sleep(0)
         group.create_task(work())
