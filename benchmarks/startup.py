@@ -17,6 +17,7 @@ from pathlib import Path
 from benchmarks.machine import describe_machine, machine_line
 from benchmarks.options import add_engine_options
 from benchmarks.report import write_json
+from nanovllm import Client, NanovllmError
 from nanovllm.cli.options import positive_int
 from nanovllm.model_store import ModelNotFoundError
 from nanovllm.services import EXECUTOR_MODULE, LocalServices, ServiceStartError
@@ -36,15 +37,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     machine = describe_machine()
     print(machine_line(machine))
     times: list[float] = []
+    device: str | None = None
     with tempfile.TemporaryDirectory(prefix="nanovllm-kernels-") as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         for run in range(1 + options.runs):
             try:
-                times.append(_time_start_s(options))
-            except (ModelNotFoundError, ServiceStartError) as error:
+                time_s, device = _start(options)
+            except (ModelNotFoundError, ServiceStartError, NanovllmError) as error:
                 print(f"startup: {error}", file=sys.stderr)
                 return 1
-            print(f"{times[-1]:7.1f} s  {'warm' if run else 'cold'} kernel cache", flush=True)
+            times.append(time_s)
+            cache_is = "warm" if run else "cold"
+            print(f"{time_s:7.1f} s  {cache_is} kernel cache, {device}", flush=True)
     if options.json is not None:
         parameters = {
             "model": options.model,
@@ -52,11 +56,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "scheduler_args": options.scheduler_arg,
         }
         figures = {"cold_s": times[0], "warm_s": times[1:]}
-        write_json(options.json, {"machine": machine, "parameters": parameters} | figures)
+        write_json(
+            options.json,
+            {"machine": machine | {"device": device}, "parameters": parameters} | figures,
+        )
     return 0
 
 
-def _time_start_s(options: argparse.Namespace) -> float:
+def _start(options: argparse.Namespace) -> tuple[float, str | None]:
+    """Starts and stops both services: seconds until they were ready, and the executor's device."""
     begin = time.monotonic()
     with LocalServices(
         options.model,
@@ -66,8 +74,11 @@ def _time_start_s(options: argparse.Namespace) -> float:
         executor_module="benchmarks.simulated_executor"
         if options.simulated_device
         else EXECUTOR_MODULE,
-    ):
-        return time.monotonic() - begin
+    ) as services:
+        time_s = time.monotonic() - begin
+        with Client(services.address) as client:
+            executor = client.server_status().executor
+        return time_s, executor and executor.device
 
 
 if __name__ == "__main__":
