@@ -22,6 +22,8 @@ from nanovllm.cli.options import positive_int
 from nanovllm.model_store import ModelNotFoundError
 from nanovllm.services import EXECUTOR_MODULE, LocalServices, ServiceStartError
 
+_CONNECT_LIMIT_S = 10.0
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
@@ -56,10 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "scheduler_args": options.scheduler_arg,
         }
         figures = {"cold_s": times[0], "warm_s": times[1:]}
-        write_json(
-            options.json,
-            {"machine": machine | {"device": device}, "parameters": parameters} | figures,
-        )
+        document = {"machine": machine | {"device": device}, "parameters": parameters}
+        write_json(options.json, document | figures)
     return 0
 
 
@@ -77,8 +77,18 @@ def _start(options: argparse.Namespace) -> tuple[float, str | None]:
     ) as services:
         time_s = time.monotonic() - begin
         with Client(services.address) as client:
-            executor = client.server_status().executor
-        return time_s, executor and executor.device
+            return time_s, _device(client)
+
+
+def _device(client: Client) -> str | None:
+    """What the executor runs on; None if the scheduler has not met it within seconds."""
+    deadline_s = time.monotonic() + _CONNECT_LIMIT_S
+    while time.monotonic() < deadline_s:
+        executor = client.server_status().executor
+        if executor is not None:
+            return executor.device
+        time.sleep(0.05)
+    return None
 
 
 if __name__ == "__main__":
