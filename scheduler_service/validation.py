@@ -275,7 +275,8 @@ def _valid_token_ids(field: str, token_ids: Sequence[int], vocab_size: int) -> l
 
 
 def _check_range(field: str, value: float, low: float, high: float) -> None:
-    _check(field, value, Range(low, high))
+    if not low <= value <= high:
+        raise InvalidFieldError(field, f"must be in {Range(low, high)}, got {value}")
 
 
 def _check(field: str, value: float, allowed: Range) -> None:
