@@ -143,9 +143,10 @@ class Worker:
     def _work(self) -> bool:
         """Takes commands and has one turn; returns False when the thread is to end."""
         can_launch = bool(self._plans or self._slots.runnable())
-        if not self._take_commands(wait=not can_launch):
-            return False
         try:
+            # It looks at what was launched, which may have failed.
+            if not self._take_commands(wait=not can_launch):
+                return False
             self._turn()
         except PlanError as error:
             logger.warning(

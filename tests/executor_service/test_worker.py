@@ -45,6 +45,8 @@ class Launch:
     ended: threading.Event = field(default_factory=threading.Event)
 
     def has_ended(self) -> bool:
+        if self.failure is not None:
+            raise self.failure
         return self.ended.is_set()
 
     def collect(self) -> StepOutput:
@@ -400,10 +402,14 @@ def test_a_plan_that_breaks_the_protocol_ends_its_session_but_not_the_worker(mak
 
 
 @depths
-def test_a_failed_iteration_ends_the_session_and_reports_the_device(make, pipeline_depth):
+@pytest.mark.parametrize("completes", [True, False])
+def test_a_failed_iteration_ends_the_session_and_reports_the_device(
+    make, pipeline_depth, completes
+):
     bench = make(pipeline_depth=pipeline_depth, failures=[RuntimeError("CUDA error")])
     client = bench.client()
-    client.plan(admits=[admit(0, [1], [0, 1])], chunks=[(0, 1)])
+    # If the prompt does not complete, the worker waits for a plan or for the iteration's end.
+    client.plan(admits=[admit(0, [1] * (1 if completes else 2), [0, 1])], chunks=[(0, 1)])
     assert client.rest() == []
     assert client.session.end_reason is EndReason.FAILED
     assert "RuntimeError" in client.session.end_message
