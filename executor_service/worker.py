@@ -187,13 +187,12 @@ class Worker:
 
     def _next_command(self, *, wait: bool) -> Command | None:
         while True:
+            # A plan may come while iterations run, and wants to be launched behind them.
+            block = wait and not self._oldest_has_ended()
             try:
-                if not wait or self._oldest_has_ended():
-                    return self._commands.get_nowait()
-                # A plan may come while iterations run, and wants to be launched behind them.
-                return self._commands.get(timeout=_POLL_S if self._launched else None)
+                return self._commands.get(block, timeout=_POLL_S if self._launched else None)
             except queue.Empty:
-                if not wait or self._oldest_has_ended():
+                if not block:
                     return None
 
     def _oldest_has_ended(self) -> bool:

@@ -4,7 +4,6 @@ import asyncio
 import os
 import threading
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
-from numbers import Integral
 from typing import Any, TypeVar, cast
 
 from tqdm import tqdm
@@ -13,7 +12,7 @@ from nanovllm.aio import AsyncClient
 from nanovllm.embedded.catalogue import SMOLLM2_135M_INSTRUCT
 from nanovllm.errors import OverloadedError
 from nanovllm.outputs import OutputFolder, RequestOutput
-from nanovllm.requests import Chat, Message, Prompt, generate_request
+from nanovllm.requests import Chat, Message, Prompt, all_integers, generate_request
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.services import LocalServices
 from nanovllm.start_tasks import start_tasks
@@ -292,6 +291,6 @@ def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
     if isinstance(prompts, (str, Mapping, Chat)):
         return [prompts]
     items = list(cast(Iterable[Any], prompts))
-    if items and all(isinstance(item, Integral) for item in items):
+    if items and all_integers(items):
         return [items]
     return items

@@ -98,7 +98,7 @@ def _prompt_message(prompt: Prompt) -> str | pb.TokenIds | pb.ChatMessages:
         )
     if isinstance(prompt, Iterable) and not isinstance(prompt, bytes):
         items: list[Any] = list(prompt)
-        if _all_integers(items):
+        if all_integers(items):
             return pb.TokenIds(ids=items)
         if all(isinstance(item, Mapping) for item in items):
             return _chat_message(Chat(items))
@@ -108,7 +108,8 @@ def _prompt_message(prompt: Prompt) -> str | pb.TokenIds | pb.ChatMessages:
     )
 
 
-def _all_integers(items: list[Any]) -> bool:
+def all_integers(items: list[Any]) -> bool:
+    """Whether these are token ids, whatever integer types they have."""
     # The usual case first: the abstract class takes a microsecond an item, and prompts are long.
     return set(map(type, items)) <= {int} or all(isinstance(item, Integral) for item in items)
 

@@ -7,7 +7,6 @@ from collections.abc import AsyncIterable
 from dataclasses import dataclass
 
 from nanovllm.v1 import inference_pb2
-from scheduler_service.access.caller import caller_of
 from scheduler_service.access.interception import log_failure
 from scheduler_service.answering import Context, write
 from scheduler_service.engine import Engine
@@ -66,7 +65,6 @@ class ManyAnswers:
         write_timeout_s: float,
     ) -> None:
         self._context = context
-        self._caller = caller_of(context)
         self._engine = engine
         self._intake = intake
         self._observer = observer
@@ -136,9 +134,7 @@ class ManyAnswers:
             self._add_failure(start.number, RequestError(log_failure(GENERATE_MANY)))
 
     async def _observed(self, start: inference_pb2.NumberedRequest) -> None:
-        with self._observer.observe(
-            start.request, self._context, GENERATE_MANY, self._caller
-        ) as call:
+        with self._observer.observe(start.request, self._context, GENERATE_MANY) as call:
             if start.metadata and call.keeps_history:
                 call.metadata = tuple(start.metadata.items())
             try:
@@ -177,8 +173,6 @@ class ManyAnswers:
     async def _admit(
         self, start: inference_pb2.NumberedRequest, call: CallRecord, deadline_s: float | None
     ) -> LiveRequest:
-        if deadline_s is None:
-            return await self._intake.admit(start.request, call, None)
         try:
             # gRPC sees to the deadline of the call alone.
             async with asyncio.timeout_at(deadline_s):

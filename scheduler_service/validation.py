@@ -275,8 +275,7 @@ def _valid_token_ids(field: str, token_ids: Sequence[int], vocab_size: int) -> l
 
 
 def _check_range(field: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise InvalidFieldError(field, f"must be in {Range(low, high)}, got {value}")
+    _check(field, value, Range(low, high))
 
 
 def _check(field: str, value: float, allowed: Range) -> None:

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import grpc
 
-from scheduler_service.access.caller import Caller, caller_of
+from scheduler_service.access.caller import caller_of
 from scheduler_service.telemetry.call_record import (
     CANCELLED,
     DEADLINE_EXCEEDED,
@@ -54,11 +54,9 @@ class RequestObserver:
         request: IdentifiedRequest,
         context: grpc.aio.ServicerContext,
         method: str = GENERATE,
-        caller: Caller | None = None,
     ) -> Iterator[CallRecord]:
-        """The record of a call, to be filled in inside the block; None: the context's caller."""
-        caller = caller or caller_of(context)
-        call = CallRecord(time.monotonic(), caller, request.request_id, method=method)
+        """The record of a call, to be filled in inside the block."""
+        call = CallRecord(time.monotonic(), caller_of(context), request.request_id, method=method)
         if self._tracer is not None:
             call.metadata = tuple(context.invocation_metadata() or ())
             call.keeps_history = True
